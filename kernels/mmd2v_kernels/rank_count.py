@@ -1,0 +1,154 @@
+"""Ranks of the best positives in both directions from one pass over the scores, without keeping the N×M matrix.
+
+This is the float64 reference form. Shapes: N queries (rows), M bank rows (columns), D width, P positive pairs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+
+from mmd2v_kernels.retrieval_order import check_embeddings, exact_pairs, product_error
+
+
+class RankCounts(NamedTuple):
+    """How many non-positives stand before the best positive. Counts over disjoint row ranges add up.
+
+    Each is int64 [3, N] or [3, M]: strictly better scores; equal scores at a lower index; equal scores at a higher
+    index. The rank is the sum of the first two; the first alone is the best rank any order of ties could give, the
+    sum of all three the worst.
+    """
+
+    row: torch.Tensor
+    column: torch.Tensor
+
+
+def rank_count(
+    queries_ND: torch.Tensor,
+    bank_MD: torch.Tensor,
+    positives_P2: torch.Tensor,
+    *,
+    block_rows: int = 1024,
+    block_columns: int = 4096,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return ``(rank_row [N], rank_column [M])``: the zero-based rank of the best positive, int64.
+
+    ``positives_P2`` is int64 [P, 2], pairs of (row, column), in any order and any number a row or column. Rows are
+    ranked against all columns and columns against all rows, by score, then lowest index (`retrieval_order`);
+    positives never count against each other. A row or column without positive gets −1.
+    Raises ValueError for embeddings that are not finite, widths that differ, or pairs out of range.
+    """
+    counts = count_ahead(
+        queries_ND, bank_MD, positives_P2, rows=None, block_rows=block_rows, block_columns=block_columns
+    )
+    ranks = []
+    for side, count in enumerate(counts):
+        rank = count[0] + count[1]
+        missing = torch.ones_like(rank, dtype=torch.bool)
+        missing[positives_P2[:, side]] = False
+        ranks.append(rank.masked_fill(missing, -1))
+    return ranks[0], ranks[1]
+
+
+def count_ahead(
+    queries_ND: torch.Tensor,
+    bank_MD: torch.Tensor,
+    positives_P2: torch.Tensor,
+    *,
+    rows: tuple[int, int] | None = None,
+    block_rows: int = 1024,
+    block_columns: int = 4096,
+) -> RankCounts:
+    """Return the `RankCounts` that the scores of the query rows ``rows[0] <= row < rows[1]`` contribute.
+
+    This is `rank_count` for several processes that hold the same embeddings: each takes a range of rows, and the sum
+    of their counts is that of the whole. Rows without positive count nothing. Memory beyond the inputs: one block of
+    scores and the pairs in it that are too close to call. Raises ValueError as `rank_count` does.
+    """
+    check_embeddings(queries_ND, bank_MD)
+    _check_positives(positives_P2, len(queries_ND), len(bank_MD))
+    device = queries_ND.device
+    pairs_2P = positives_P2.to(device).t()
+    score_P = exact_pairs(queries_ND, bank_MD, pairs_2P[0], pairs_2P[1])
+    row = _Side.of_best(pairs_2P[0], pairs_2P[1], score_P, len(queries_ND))
+    column = _Side.of_best(pairs_2P[1], pairs_2P[0], score_P, len(bank_MD))
+    error_N = product_error(queries_ND, bank_MD)
+    first, last = rows if rows is not None else (0, len(queries_ND))
+    for top in range(first, last, block_rows):
+        bottom = min(top + block_rows, last)
+        inside = (pairs_2P[0] >= top) & (pairs_2P[0] < bottom)
+        near_2P = pairs_2P[:, inside]
+        queries_nD = queries_ND[top:bottom].double()
+        error = float(error_N[top:bottom].max())
+        for left in range(0, len(bank_MD), block_columns):
+            right = min(left + block_columns, len(bank_MD))
+            scores_nm = queries_nD @ bank_MD[left:right].double().t()
+            here_2P = near_2P[:, (near_2P[1] >= left) & (near_2P[1] < right)]
+            scores_nm[here_2P[0] - top, here_2P[1] - left] = -torch.inf
+
+            unsure = row.count(scores_nm, row.threshold[top:bottom, None], error, dim=1, offset=top)
+            unsure_row = unsure[0] + top, unsure[1] + left
+            row.settle(*unsure_row, exact_pairs(queries_ND, bank_MD, *unsure_row))
+
+            unsure = column.count(scores_nm, column.threshold[None, left:right], error, dim=0, offset=left)
+            unsure_column = unsure[0] + top, unsure[1] + left
+            column.settle(*reversed(unsure_column), exact_pairs(queries_ND, bank_MD, *unsure_column))
+    return RankCounts(row.counts, column.counts)
+
+
+@dataclass
+class _Side:
+    """The items of one side, each with its best positive, and what has been counted against them so far."""
+
+    threshold: torch.Tensor
+    """float64 [n], exact score of the best positive; +inf without one, so that nothing counts."""
+    best: torch.Tensor
+    """int64 [n], index of the best positive on the other side."""
+    counts: torch.Tensor
+    """int64 [3, n], see `RankCounts`."""
+
+    @classmethod
+    def of_best(cls, items_P: torch.Tensor, others_P: torch.Tensor, score_P: torch.Tensor, n: int) -> _Side:
+        """Find the best of each item's positives: highest score, then lowest index."""
+        threshold = torch.full((n,), -torch.inf, dtype=torch.float64, device=score_P.device)
+        threshold.scatter_reduce_(0, items_P, score_P, "amax")
+        is_best = score_P == threshold[items_P]
+        best = torch.full((n,), torch.iinfo(torch.int64).max, device=score_P.device)
+        best.scatter_reduce_(0, items_P[is_best], others_P[is_best], "amin")
+        threshold[threshold == -torch.inf] = torch.inf
+        return cls(threshold, best, torch.zeros(3, n, dtype=torch.int64, device=score_P.device))
+
+    def count(
+        self, scores_nm: torch.Tensor, threshold: torch.Tensor, error: float, dim: int, offset: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Count the scores surely above ``threshold``; return (row, column) in the block of those too close to call."""
+        above = scores_nm > threshold + error
+        not_below = scores_nm >= threshold - error
+        number = above.sum(dim, dtype=torch.int32)
+        self.counts[0, offset : offset + len(number)] += number
+        if bool((not_below.sum(dim, dtype=torch.int32) == number).all()):
+            empty = torch.zeros(0, dtype=torch.int64, device=scores_nm.device)
+            return empty, empty
+        rows, columns = (not_below ^ above).nonzero(as_tuple=True)
+        return rows, columns
+
+    def settle(self, items: torch.Tensor, others: torch.Tensor, score: torch.Tensor) -> None:
+        """Count pairs that needed their exact score."""
+        tied = score == self.threshold[items]
+        for kind, chosen in enumerate(
+            (score > self.threshold[items], tied & (others < self.best[items]), tied & (others > self.best[items]))
+        ):
+            self.counts[kind].index_add_(0, items[chosen], torch.ones_like(items[chosen]))
+
+
+def _check_positives(positives_P2: torch.Tensor, n: int, m: int) -> None:
+    if positives_P2.ndim != 2 or positives_P2.shape[1] != 2 or positives_P2.dtype != torch.int64:
+        raise ValueError(f"positives: expected int64 [P, 2], found {positives_P2.dtype} {list(positives_P2.shape)}")
+    for side, (name, size) in enumerate((("row", n), ("column", m))):
+        index = positives_P2[:, side]
+        if len(index) and not 0 <= int(index.min()) <= int(index.max()) < size:
+            raise ValueError(
+                f"positives: {name} indices span {int(index.min())}..{int(index.max())}, expected 0..{size - 1}"
+            )

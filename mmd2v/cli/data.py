@@ -1,0 +1,157 @@
+"""`mmd2v data`: pack, generate and check shards, build a tokenizer."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+from tyro.conf import Positional, arg
+
+_SHARDS_HELP = "A folder of .tar files, a path with {000..007} braces or wildcards; one or more."
+
+
+@dataclass(frozen=True)
+class Pack:
+    """Pack captioned images into WebDataset shards; everything is checked before anything is left behind."""
+
+    source: Positional[Path]
+    """Caption file (.json, .csv, .tsv), or a folder of images with a .txt of the same name beside each."""
+    out: Path
+    """Folder to create."""
+    images: Path | None = None
+    """Folder or uncompressed .tar of the images; by default the folder of SOURCE."""
+    format: Literal["auto", "flickr", "coco", "karpathy", "csv", "folder"] = "auto"
+    """Format of SOURCE; auto looks at the file."""
+    split: tuple[str, ...] = ()
+    """Splits to take from a Karpathy file, for example: --split train restval."""
+    shard_size: int = 1000
+    """Samples a shard."""
+    resize: int | None = None
+    """Shrink images whose shorter side is longer than this, in pixels."""
+    image_column: str | None = None
+    """CSV column of image names; by default one of the usual names."""
+    caption_column: str | None = None
+    """CSV column of captions; by default one of the usual names."""
+
+    def run(self) -> int:
+        """Pack and print what was written."""
+        from mmd2v.data.packing import pack
+
+        report = pack(
+            self.source,
+            self.out,
+            images=self.images,
+            format=self.format,
+            splits=self.split,
+            shard_size=self.shard_size,
+            resize=self.resize,
+            image_column=self.image_column,
+            caption_column=self.caption_column,
+        )
+        print(f"{self.out}: {report}")
+        return 0
+
+
+@dataclass(frozen=True)
+class Synth:
+    """Generate scenes of coloured, textured shapes with captions: deterministic by seed, nothing to download."""
+
+    out: Path
+    """Folder to create."""
+    split: str = "train"
+    """train, or test: combinations of attributes that training never shows."""
+    count: int = 20_000
+    """Scenes."""
+    size: int = 64
+    """Side of the images, in pixels."""
+    seed: int = 0
+    """Seed of the world."""
+    captions: int = 5
+    """Captions a scene."""
+    shard_size: int = 1000
+    """Samples a shard."""
+
+    def run(self) -> int:
+        """Generate and print what was written."""
+        from mmd2v.data.generate import generate
+
+        report = generate(
+            self.out,
+            split=self.split,
+            count=self.count,
+            size=self.size,
+            seed=self.seed,
+            captions_per_image=self.captions,
+            shard_size=self.shard_size,
+        )
+        print(f"{self.out}: {report}")
+        return 0
+
+
+@dataclass(frozen=True)
+class Check:
+    """Read and decode everything in some shards; exit status 1 when something is wrong."""
+
+    shards: Annotated[Positional[tuple[str, ...]], arg(help=_SHARDS_HELP)]
+    show: int = 20
+    """Problems to print."""
+
+    def run(self) -> int:
+        """Check and print counts and problems."""
+        from mmd2v.data.check import check_shards
+
+        report = check_shards(self.shards)
+        for problem in report.problems[: self.show]:
+            print(problem)
+        if len(report.problems) > self.show:
+            print(f"… and {len(report.problems) - self.show:,} more")
+        print(report)
+        return 1 if report.problems else 0
+
+
+@dataclass(frozen=True)
+class Tokenizer:
+    """Learn a vocabulary from the captions of some shards and write a Hugging Face tokenizer.json."""
+
+    shards: Annotated[Positional[tuple[str, ...]], arg(help=_SHARDS_HELP)]
+    out: Path
+    """File to create."""
+    kind: Literal["wordlevel", "wordpiece", "bpe"] = "wordpiece"
+    """wordlevel: whole words; wordpiece: BERT's pieces; bpe: byte pairs, which know no unknown word."""
+    vocab_size: int = 8192
+    """Most entries, special tokens included."""
+
+    def run(self) -> int:
+        """Learn and print the size of the vocabulary."""
+        from mmd2v.data.shards import ShardSet
+        from mmd2v.data.tokenizers import train_tokenizer
+        from mmd2v.errors import UserError
+        from mmd2v.files import write_text
+        from mmd2v.progress import track
+
+        if self.out.exists():
+            raise UserError(f"--out: {self.out} exists; name a new file or remove it")
+        shards = ShardSet(self.shards)
+        captions = (text for texts in track(shards.captions(), "reading", len(shards), unit="images") for text in texts)
+        tokenizer = train_tokenizer(captions, self.kind, self.vocab_size)
+        write_text(self.out, tokenizer.to_str(pretty=True))
+        print(f"{self.out}: {tokenizer.get_vocab_size():,} entries")
+        return 0
+
+
+_Commands = (
+    Annotated[Pack, tyro.conf.subcommand("pack")]
+    | Annotated[Synth, tyro.conf.subcommand("synth")]
+    | Annotated[Check, tyro.conf.subcommand("check")]
+    | Annotated[Tokenizer, tyro.conf.subcommand("tokenizer")]
+)
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run ``mmd2v data ARGV`` and return the exit status."""
+    command = tyro.cli(_Commands, args=list(argv), prog="mmd2v data", description=sys.modules[__name__].__doc__)
+    return command.run()

@@ -1,0 +1,75 @@
+"""The command `mmd2v COMMAND …`. Only the chosen command is imported, so that `--help` answers at once."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from mmd2v.errors import UserError, unknown_name
+
+USER_ERROR_STATUS = 2
+INTERRUPT_STATUS = 130  # what a shell reports for a program that Ctrl-C ended: 128 + SIGINT
+
+
+class Command(NamedTuple):
+    """Where a command lives and what it does."""
+
+    module: str
+    summary: str
+
+
+COMMANDS = {
+    "train": Command(
+        "mmd2v.cli.train", "distil teachers into a student: train CONFIG.yaml [--dry-run] [--resume auto]"
+    ),
+    "data": Command("mmd2v.cli.data", "pack, generate and check shards, build a tokenizer"),
+    "eval": Command("mmd2v.cli.eval", "measure an exported encoder, for example its retrieval recall"),
+    "export": Command("mmd2v.cli.export", "turn a run's checkpoint into a folder that mmd2v.load reads"),
+    "embed": Command("mmd2v.cli.embed", "write the embeddings of images or texts to a file"),
+    "search": Command("mmd2v.cli.search", "find images of a folder by a sentence or an image"),
+}
+
+
+def _help() -> str:
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name:<{width}}  {command.summary}" for name, command in COMMANDS.items()]
+    return "\n".join(
+        [
+            "usage: mmd2v COMMAND ...",
+            "",
+            "Distil frozen image and text models into one small encoder for both.",
+            "",
+            "commands:",
+            *lines,
+            "",
+            "`mmd2v COMMAND --help` tells more about one of them.",
+        ]
+    )
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run the command that ``argv`` names and return the exit status; a UserError is printed without traceback."""
+    try:
+        if not argv or argv[0] in ("-h", "--help"):
+            print(_help())
+            return 0 if argv else USER_ERROR_STATUS
+        if argv[0] in ("-V", "--version"):
+            from mmd2v import __version__
+
+            print(f"mmd2v {__version__}")
+            return 0
+        if argv[0] not in COMMANDS:
+            raise unknown_name("mmd2v", argv[0], COMMANDS)
+        return importlib.import_module(COMMANDS[argv[0]].module).main(list(argv[1:]))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return USER_ERROR_STATUS
+    except KeyboardInterrupt:
+        return INTERRUPT_STATUS
+
+
+def run() -> None:
+    """Entry point of the console script."""
+    sys.exit(main(sys.argv[1:]))

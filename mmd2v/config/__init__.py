@@ -1,0 +1,1 @@
+"""A run described in YAML: schema, loading, the DeepSpeed dictionary."""

@@ -1,0 +1,82 @@
+"""The dictionary DeepSpeed is configured with, made from a run's config."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+from mmd2v.config.batch_plan import plan_batches
+from mmd2v.config.schema import Config
+from mmd2v.errors import UserError
+
+# Elements of one communication bucket. DeepSpeed's default of 5e8 reserves 2 GB of fp32 a bucket, more than
+# whole models of this trainer; 5e7 (200 MB) is still far above what saturates a network.
+BUCKET_ELEMENTS = 50_000_000
+
+_OWN_KEYS = {
+    "train_batch_size": "engine.batch_size",
+    "train_micro_batch_size_per_gpu": "engine.micro_batch_size",
+    "gradient_accumulation_steps": "engine.batch_size and engine.micro_batch_size",
+    "gradient_clipping": "optimizer.clip_norm",
+    "optimizer": "optimizer",
+    "scheduler": "optimizer.schedule",
+    "bf16.enabled": "engine.precision",
+    "fp16.enabled": "engine.precision",
+    "zero_optimization.stage": "engine.zero_stage",
+    "zero_optimization.stage3_param_persistence_threshold": "engine.zero3_persistence_threshold",
+}
+"""Options that are fields of our own config: setting them twice would let the two disagree."""
+
+
+def deepspeed_config(config: Config, world_size: int) -> dict[str, Any]:
+    """Return DeepSpeed's dictionary for ``config`` on ``world_size`` ranks.
+
+    ``engine.deepspeed`` is merged over it. Raises UserError when that names an option which is a field of its own,
+    or when the batch does not divide.
+    """
+    plan = plan_batches(config, world_size)
+    engine = config.engine
+    _refuse_own_keys(engine.deepspeed)
+    generated: dict[str, Any] = {
+        "train_batch_size": plan.global_batch,
+        "train_micro_batch_size_per_gpu": plan.micro_batch,
+        "gradient_accumulation_steps": plan.accumulation,
+        "gradient_clipping": config.optimizer.clip_norm or 0.0,
+        "zero_optimization": {
+            "stage": engine.zero_stage,
+            "reduce_bucket_size": BUCKET_ELEMENTS,
+            "allgather_bucket_size": BUCKET_ELEMENTS,
+            "stage3_param_persistence_threshold": engine.zero3_persistence_threshold,
+        },
+        "bf16": {"enabled": engine.precision == "bf16"},
+        "fp16": {"enabled": engine.precision == "fp16"},
+        # The optimiser is made by us (mmd2v.train.optimizer) and handed over; these two let DeepSpeed take it.
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+    }
+    return _merged(generated, engine.deepspeed)
+
+
+def uses_optimizer_offload(config: Config) -> bool:
+    """Whether ``engine.deepspeed`` asks for the optimiser on the CPU while the model is elsewhere."""
+    offload = config.engine.deepspeed.get("zero_optimization", {}).get("offload_optimizer", {})
+    return offload.get("device", "none") != "none"
+
+
+def _refuse_own_keys(options: Mapping[str, Any]) -> None:
+    for path, field in _OWN_KEYS.items():
+        value: Any = options
+        for key in path.split("."):
+            value = value.get(key) if isinstance(value, Mapping) else None
+        if value is not None:
+            raise UserError(f"engine.deepspeed.{path}: set {field} instead; it is written into DeepSpeed's options")
+
+
+def _merged(base: dict[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    result = dict(base)
+    for key, value in over.items():
+        old = result.get(key)
+        both = isinstance(old, dict) and isinstance(value, Mapping)
+        result[key] = _merged(old, value) if both else copy.deepcopy(value)
+    return result

@@ -1,0 +1,405 @@
+"""The one description of a run. Every key a YAML file may hold is a field here; anything else is an error."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Precision = Literal["fp32", "bf16", "bf16_autocast", "fp16"]
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+PositiveInt = Annotated[int, Field(ge=1)]
+NonNegativeInt = Annotated[int, Field(ge=0)]
+Triple = tuple[float, float, float]
+
+
+class Section(BaseModel):
+    """Base of every section: unknown keys are errors, values are immutable once read."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+
+
+# --------------------------------------------------------------------------------------------- data
+
+
+class TokenizerConfig(Section):
+    """How a caption becomes token ids."""
+
+    kind: Literal["hf", "sentencepiece", "fairseq_gpt2"] = Field(
+        "hf",
+        description="hf: a `tokenizer.json`; sentencepiece: a `.model`; fairseq_gpt2: a folder with dict.txt, "
+        "encoder.json and vocab.bpe",
+    )
+    path: str = Field(description="file or folder of the tokenizer")
+    max_length: PositiveInt = Field(64, description="longest sequence, in tokens, special tokens included")
+    append_end: bool = Field(True, description="keep the end-of-sequence token after the text")
+
+
+class ImageTransformConfig(Section):
+    """What happens to an image between its file and the student."""
+
+    size: PositiveInt = Field(224, description="side of the square the student sees, in pixels")
+    crop_scale: tuple[Fraction, Fraction] = Field(
+        (0.6, 1.0), description="area of the random training crop as a fraction of the image; (1, 1) keeps it whole"
+    )
+    crop_ratio: tuple[float, float] = Field((0.75, 4 / 3), description="width / height of the random crop")
+    flip: Fraction = Field(0.5, description="probability of a horizontal flip in training")
+    interpolation: Literal["bicubic", "bilinear"] = Field("bicubic", description="resize filter, antialiased")
+    eval_resize: Literal["center_crop", "squash"] = Field(
+        "center_crop", description="outside training: shortest side to `size` and centre crop, or squash to a square"
+    )
+    mean: Triple = Field((0.485, 0.456, 0.406), description="channel means the student subtracts, RGB in [0, 1]")
+    std: Triple = Field((0.229, 0.224, 0.225), description="channel deviations the student divides by, RGB in [0, 1]")
+
+
+class ShardsConfig(Section):
+    """A data set packed as WebDataset shards."""
+
+    shards: str | list[str] = Field(
+        description="a folder of .tar files, a path with {000..007} braces or wildcards, or a list of these"
+    )
+    limit: PositiveInt | None = Field(None, description="use only the first N images of the set")
+
+
+class DataConfig(Section):
+    """Where samples come from and how a batch is made of them."""
+
+    train: ShardsConfig
+    eval: ShardsConfig | None = Field(None, description="held-out set for recall; none: no recall in training")
+    image: ImageTransformConfig = Field(default_factory=ImageTransformConfig)
+    tokenizer: TokenizerConfig | None = Field(None, description="needed whenever a text modality is trained")
+    captions_per_image: PositiveInt = Field(
+        1, description="captions drawn an image and epoch (without repetition as long as there are enough)"
+    )
+    labels: str | None = Field(
+        None, description="key in a sample's JSON that holds a vector of floats, for the `attributes` objective"
+    )
+    shuffle_shards: PositiveInt = Field(16, description="shards whose samples are shuffled together")
+    workers: NonNegativeInt = Field(1, description="loader processes a rank; 0 loads in the training process")
+    prefetch: PositiveInt = Field(4, description="finished batches each worker keeps ready")
+
+
+# -------------------------------------------------------------------------------------------- model
+
+
+class EncoderConfig(Section):
+    """Fields every modality encoder shares. Its output tokens are bridged linearly to the model's width if need be."""
+
+    frozen: bool = Field(False, description="keep the encoder's own weights fixed and in eval mode (not the bridge)")
+    cls: bool = Field(True, description="put a learned CLS token in front (text encoders use the tokenizer's own)")
+    positions: Literal["learned", "sincos", "none"] = Field(
+        "learned", description="position embedding added after the bridge (not for the CLS under sincos)"
+    )
+    norm: bool = Field(False, description="LayerNorm on the encoder's tokens before they enter the layers")
+    dropout: Fraction = Field(0.0, description="dropout probability on the tokens that enter the layers")
+
+
+class PatchEncoderConfig(EncoderConfig):
+    """Image → non-overlapping patches through one strided convolution (ViT)."""
+
+    kind: Literal["patch"] = "patch"
+    input: Literal["image"] = "image"
+    patch_size: PositiveInt = Field(16, description="side of a patch, in pixels")
+
+
+class TimmEncoderConfig(EncoderConfig):
+    """Image → a feature map of a timm backbone, one token a position."""
+
+    kind: Literal["timm"] = "timm"
+    input: Literal["image"] = "image"
+    name: str = Field(description="timm model name")
+    weights: str | None = Field(
+        None, description="safetensors file, or a folder written by `mmd2v export` whose image encoder is this backbone"
+    )
+    kwargs: dict[str, Any] = Field(default_factory=dict, description="keyword arguments of timm.create_model")
+    feature: int = Field(-1, description="which of the backbone's feature maps becomes the tokens; -1 is the last")
+    mean: Triple | None = Field(None, description="channel means of this backbone; none: data.image.mean")
+    std: Triple | None = Field(None, description="channel deviations of this backbone; none: data.image.std")
+
+
+class TokenEncoderConfig(EncoderConfig):
+    """Token ids → an embedding table trained from scratch."""
+
+    kind: Literal["tokens"] = "tokens"
+    input: Literal["text"] = "text"
+
+
+class HFTextEncoderConfig(EncoderConfig):
+    """Token ids → the embedding module (words, positions, norm) of a Hugging Face encoder."""
+
+    kind: Literal["hf"] = "hf"
+    input: Literal["text"] = "text"
+    name: str = Field(description="folder or hub name of the encoder")
+    positions: Literal["none"] = Field("none", description="the embedding module brings its own")
+
+
+AnyEncoder = Annotated[
+    PatchEncoderConfig | TimmEncoderConfig | TokenEncoderConfig | HFTextEncoderConfig, Field(discriminator="kind")
+]
+
+
+class InitConfig(Section):
+    """Pretrained blocks a group of layers starts from."""
+
+    source: str = Field(description="where the blocks come from: `hf:FOLDER-or-name`, `mmd2v:EXPORT-FOLDER`")
+    first: NonNegativeInt = Field(0, description="index of the source block that the group's first layer takes")
+    modality: str | None = Field(None, description="which modality's blocks of an mmd2v export; none: the same one")
+
+
+class LayerConfig(Section):
+    """A group of equal layers. Attention and MLP (each with its norm) are owned a modality or shared."""
+
+    kind: Literal["separate", "mome", "shared"] | None = Field(
+        None, description="shorthand: separate = both owned a modality, mome = shared attention, shared = both shared"
+    )
+    attention: Literal["separate", "shared"] | None = Field(None, description="who owns attention, if not by `kind`")
+    mlp: Literal["separate", "shared"] | None = Field(None, description="who owns the MLP, if not by `kind`")
+    count: PositiveInt = Field(1, description="number of such layers in a row")
+    modalities: list[str] | None = Field(None, description="modalities that pass through; others skip; none: all")
+    norm: Literal["pre", "post"] = Field("pre", description="where the LayerNorms stand")
+    eps: float = Field(1e-6, gt=0, description="epsilon of the LayerNorms")
+    heads: PositiveInt | None = Field(None, description="attention heads; none: model.heads")
+    mlp_ratio: float = Field(4.0, gt=0, description="hidden width of the MLP as a multiple of the width")
+    layer_scale: float | None = Field(None, description="initial value of the residual branches' learned scale")
+    drop_path: Fraction = Field(0.0, description="probability that a sequence skips a residual branch in training")
+    dropout: Fraction = Field(0.0, description="dropout probability on each branch's output in training")
+    init: dict[str, InitConfig] = Field(
+        default_factory=dict, description="modality → pretrained blocks; `shared` names the shared parts"
+    )
+
+    @model_validator(mode="after")
+    def _ownership(self) -> LayerConfig:
+        if self.kind is None and (self.attention is None or self.mlp is None):
+            raise ValueError("give `kind` (separate, mome, shared) or both `attention` and `mlp` (separate, shared)")
+        if self.kind is not None and (self.attention is not None or self.mlp is not None):
+            raise ValueError("give either `kind` or `attention` and `mlp`, not both")
+        return self
+
+    @property
+    def attention_owner(self) -> str:
+        """``"separate"`` or ``"shared"``."""
+        return self.attention or ("separate" if self.kind == "separate" else "shared")
+
+    @property
+    def mlp_owner(self) -> str:
+        """``"separate"`` or ``"shared"``."""
+        return self.mlp or ("shared" if self.kind == "shared" else "separate")
+
+
+class ProjectionConfig(Section):
+    """What turns a pooled sequence into the embedding that is compared by cosine."""
+
+    kind: Literal["none", "linear", "mlp"] = Field("linear", description="none: the pooled vector itself")
+    dim: PositiveInt | None = Field(None, description="width of the embedding; none: the model's width")
+    shared: bool = Field(False, description="one projection for all modalities")
+    dropout: Fraction = Field(0.0, description="dropout probability before the last linear map")
+
+
+class ModelConfig(Section):
+    """The student."""
+
+    width: PositiveInt = Field(768, description="width of a token, D")
+    heads: PositiveInt = Field(12, description="attention heads a layer")
+    encoders: dict[str, AnyEncoder] = Field(description="modality name → its encoder")
+    layers: list[LayerConfig] = Field(default_factory=list, description="groups of layers, first to last")
+    final_norm: bool = Field(True, description="LayerNorm after the last layer")
+    pooling: dict[str, Literal["cls", "mean"]] = Field(
+        default_factory=dict, description="modality → cls or mean over its real tokens; default cls"
+    )
+    projection: ProjectionConfig = Field(default_factory=ProjectionConfig)
+    freeze: list[str] = Field(
+        default_factory=list, description="parameters kept fixed: wildcards over names, such as `layers.0.*`"
+    )
+
+    @model_validator(mode="after")
+    def _consistent(self) -> ModelConfig:
+        for i, layer in enumerate(self.layers):
+            heads = layer.heads or self.heads
+            if self.width % heads:
+                raise ValueError(f"layers.{i}: width {self.width} is not divisible by {heads} heads")
+        return self
+
+
+# ------------------------------------------------------------------------------ teachers, objectives
+
+
+class TeacherConfig(Section):
+    """A frozen model whose outputs the student learns to produce."""
+
+    name: str = Field(description="`timm:NAME[@WEIGHTS]`, `hf:NAME-or-folder` or `mmd2v:EXPORT-FOLDER`")
+    kwargs: dict[str, Any] = Field(default_factory=dict, description="keyword arguments of timm.create_model")
+    modality: Literal["image", "text"] = Field("image", description="which part of a sample it sees")
+    image_size: PositiveInt | None = Field(None, description="side of its input, in pixels; none: data.image.size")
+    mean: Triple | None = Field(None, description="channel means it subtracts; none: its published ones")
+    std: Triple | None = Field(None, description="channel deviations it divides by; none: its published ones")
+    precision: Literal["fp32", "bf16", "fp16"] = Field("bf16", description="arithmetic of its forward pass")
+    pooling: Literal["cls", "mean"] = Field(
+        "cls", description="of a Hugging Face teacher: its first token or the mean over its real tokens"
+    )
+    normalize: Literal["none", "layer_norm", "l2"] = Field(
+        "none", description="parameter-free normalisation of its CLS target over D"
+    )
+
+
+class ObjectiveConfig(Section):
+    """Fields every term of the loss shares."""
+
+    weight: float = Field(1.0, description="factor of this term in the sum")
+
+
+class CLSRegressionConfig(ObjectiveConfig):
+    """Regress the teacher's CLS from each modality's pooled output (the source's multimodal loss)."""
+
+    kind: Literal["cls_regression"] = "cls_regression"
+    teacher: str = Field(description="key in `teachers`")
+    modalities: list[str] = Field(default_factory=lambda: ["image", "text"], description="who is regressed")
+    head: Literal["none", "linear", "norm_linear", "mlp"] = Field(
+        "norm_linear", description="map from the student's width to the teacher's; none needs equal widths"
+    )
+    shared_head: bool = Field(True, description="one head for all modalities")
+    loss: Literal["mse", "smooth_l1", "cosine"] = Field("mse", description="distance to the target")
+
+
+class ContrastiveConfig(ObjectiveConfig):
+    """Symmetric InfoNCE between two modalities, negatives from all ranks with gradient."""
+
+    kind: Literal["contrastive"] = "contrastive"
+    temperature: float = Field(0.07, gt=0, description="initial softmax temperature")
+    learned: bool = Field(True, description="learn the temperature, its inverse clamped to [1, 100]")
+    label_smoothing: Fraction = Field(0.0, description="probability mass spread evenly over the negatives")
+
+
+class AttributesConfig(ObjectiveConfig):
+    """Multi-label classification of a sample's known attributes (binary cross-entropy)."""
+
+    kind: Literal["attributes"] = "attributes"
+    modality: str = Field("image", description="whose pooled output is classified")
+    classes: PositiveInt = Field(description="length of the label vector named by data.labels")
+
+
+AnyObjective = Annotated[CLSRegressionConfig | ContrastiveConfig | AttributesConfig, Field(discriminator="kind")]
+
+
+# ------------------------------------------------------------------------------------------- engine
+
+
+class ParameterGroupConfig(Section):
+    """Parameters that are trained differently."""
+
+    match: str = Field(description="wildcard over parameter names, such as `layers.*.text.*`")
+    lr_multiplier: float = Field(1.0, ge=0, description="factor on the learning rate")
+    weight_decay: float | None = Field(None, ge=0, description="own weight decay; none: the optimiser's")
+
+
+class OptimizerConfig(Section):
+    """Optimiser and learning-rate schedule."""
+
+    name: Literal["auto", "adamw", "deepspeed_adam", "apex_adam"] = Field(
+        "auto", description="adamw: torch; deepspeed_adam: FusedAdam on CUDA, CPUAdam on CPU; apex_adam: NVIDIA apex"
+    )
+    lr: float = Field(5e-4, gt=0, description="peak learning rate")
+    betas: tuple[Fraction, Fraction] = Field((0.9, 0.98), description="decay of Adam's two averages")
+    eps: float = Field(1e-6, gt=0, description="Adam's epsilon")
+    weight_decay: float = Field(0.01, ge=0, description="decoupled weight decay")
+    decay_all: bool = Field(
+        False, description="decay 1-D parameters, CLS, positions and embeddings too (the source does)"
+    )
+    schedule: Literal["cosine", "linear", "constant"] = Field("cosine", description="shape after the warm-up")
+    warmup: float = Field(0.1, ge=0, description="warm-up: a fraction of all steps if < 1, else a number of steps")
+    min_lr_ratio: Fraction = Field(0.0, description="final learning rate as a fraction of the peak")
+    clip_norm: float | None = Field(None, gt=0, description="largest global gradient norm; none: no clipping")
+    groups: list[ParameterGroupConfig] = Field(default_factory=list, description="first match wins")
+
+
+class EngineConfig(Section):
+    """How a step is computed on the ranks."""
+
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: CUDA when there is one")
+    batch_size: PositiveInt = Field(256, description="images a step over all ranks")
+    micro_batch_size: PositiveInt | None = Field(
+        None, description="images a rank and forward pass; none: batch_size / ranks (no accumulation)"
+    )
+    precision: Precision = Field(
+        "bf16_autocast", description="bf16_autocast: fp32 weights, bf16 products; bf16 / fp16: DeepSpeed's own modes"
+    )
+    zero_stage: Literal[0, 1, 2, 3] = Field(1, description="what DeepSpeed shards: 1 optimiser, 2 gradients, 3 weights")
+    zero3_persistence_threshold: NonNegativeInt = Field(
+        100_000, description="ZeRO-3 keeps parameters of fewer elements whole on every rank"
+    )
+    deepspeed: dict[str, Any] = Field(
+        default_factory=dict, description="further DeepSpeed options, merged over the generated dictionary"
+    )
+
+
+class CheckpointConfig(Section):
+    """What is kept of a run."""
+
+    every: PositiveInt | None = Field(None, description="steps between checkpoints; none: only at the end")
+    keep: PositiveInt = Field(2, description="newest checkpoints kept")
+
+
+class EvaluationConfig(Section):
+    """Recall during training."""
+
+    every: PositiveInt | None = Field(None, description="steps between evaluations; none: only at the end")
+    at_start: bool = Field(False, description="evaluate the untrained model too")
+    batch_size: PositiveInt = Field(128, description="images a rank and forward pass")
+
+
+class LoggingConfig(Section):
+    """What a person sees."""
+
+    every: PositiveInt = Field(10, description="steps between lines")
+    tensorboard: bool = Field(True, description="write TensorBoard events beside metrics.jsonl")
+
+
+class Config(Section):
+    """One run."""
+
+    name: str = Field(description="name of the run")
+    run_dir: str = Field(description="folder that receives config, metrics and checkpoints")
+    seed: int = Field(0, ge=0, description="seed of initialisation, data order, augmentation and dropout")
+    steps: PositiveInt | None = Field(None, description="optimiser steps; give this or `epochs`")
+    epochs: float | None = Field(None, gt=0, description="passes over data.train; give this or `steps`")
+    data: DataConfig
+    model: ModelConfig
+    teachers: dict[str, TeacherConfig] = Field(default_factory=dict, description="name → frozen teacher")
+    objectives: list[AnyObjective] = Field(min_length=1, description="terms of the loss, summed with their weights")
+    optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig)
+    engine: EngineConfig = Field(default_factory=EngineConfig)
+    checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
+    evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig)
+    logging: LoggingConfig = Field(default_factory=LoggingConfig)
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Config:
+        if (self.steps is None) == (self.epochs is None):
+            raise ValueError("give exactly one of `steps` and `epochs`")
+        modalities = set(self.model.encoders)
+        for where, names in self._modality_references():
+            for name in names:
+                if name not in modalities:
+                    raise ValueError(f"{where}: '{name}' is no modality; model.encoders has {sorted(modalities)}")
+        for i, objective in enumerate(self.objectives):
+            if isinstance(objective, CLSRegressionConfig) and objective.teacher not in self.teachers:
+                raise ValueError(
+                    f"objectives.{i}.teacher: '{objective.teacher}' is not among teachers {sorted(self.teachers)}"
+                )
+            if isinstance(objective, AttributesConfig) and self.data.labels is None:
+                raise ValueError(f"objectives.{i}: the attributes objective needs data.labels")
+        needs_text = any(encoder.input == "text" for encoder in self.model.encoders.values())
+        if needs_text and self.data.tokenizer is None:
+            raise ValueError("data.tokenizer: missing, but model.encoders has a text modality")
+        return self
+
+    def _modality_references(self) -> list[tuple[str, list[str]]]:
+        found = [(f"model.layers.{i}.modalities", layer.modalities or []) for i, layer in enumerate(self.model.layers)]
+        found.append(("model.pooling", list(self.model.pooling)))
+        for i, layer in enumerate(self.model.layers):
+            found.append((f"model.layers.{i}.init", [m for m in layer.init if m != "shared"]))
+        for i, objective in enumerate(self.objectives):
+            if isinstance(objective, CLSRegressionConfig):
+                found.append((f"objectives.{i}.modalities", objective.modalities))
+            if isinstance(objective, AttributesConfig):
+                found.append((f"objectives.{i}.modality", [objective.modality]))
+        return found

@@ -1,0 +1,1 @@
+"""Data: packing into shards, streaming them, tokens, transforms, and a generated world."""

@@ -1,0 +1,123 @@
+"""Image bytes → the uint8 square the student sees. Normalisation is the device's work.
+
+Shapes: C = 3 channels (RGB), H W pixels of the decoded image, S side of the result.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch.nn import functional
+from torchvision.io import ImageReadMode
+from torchvision.io import decode_image as _decode
+
+from mmd2v.config.schema import ImageTransformConfig
+from mmd2v.data.draws import name_hash, uniforms
+from mmd2v.errors import UserError
+
+_CROP_TRIES = 10  # as torchvision's RandomResizedCrop
+_CROP_PURPOSE = "crop and flip"
+
+
+def decode_image(data: bytes | bytearray | memoryview, where: str = "image") -> torch.Tensor:
+    """Decode JPEG, PNG, WebP or GIF bytes, upright by its EXIF orientation.
+
+    Returns:
+        uint8 [3, H, W], RGB; transparency is dropped, of an animation the first frame is taken.
+
+    Raises:
+        UserError: the bytes do not decode; starts with ``where``.
+    """
+    if len(data) == 0:
+        raise UserError(f"{where}: the image is empty (0 bytes)")
+    writable = data if isinstance(data, memoryview) and not data.readonly else bytearray(data)
+    try:
+        image = _decode(torch.frombuffer(writable, dtype=torch.uint8), ImageReadMode.RGB, apply_exif_orientation=True)
+    except (RuntimeError, ValueError) as error:
+        reason = str(error).splitlines()[0][:200]
+        raise UserError(f"{where}: the image does not decode: {reason}") from None
+    return image[0] if image.ndim == 4 else image
+
+
+class Crop(NamedTuple):
+    """A training crop, in pixels of the decoded image."""
+
+    top: int
+    left: int
+    height: int
+    width: int
+    flip: bool
+
+
+def random_crop(
+    height: int, width: int, config: ImageTransformConfig, *, seed: int, epoch: int, sample_id: str
+) -> Crop:
+    """Choose the crop and flip of a sample: a pure function of the arguments.
+
+    The box follows torchvision's RandomResizedCrop: area uniform in ``crop_scale``, log of the ratio uniform in
+    ``crop_ratio``, ten tries, then the largest centred box of an allowed ratio. A scale of (1, 1) keeps the image
+    whole.
+    """
+    u = uniforms(3 + 2 * _CROP_TRIES, seed=seed, purpose=name_hash(_CROP_PURPOSE, sample_id), a=epoch)
+    flip = bool(u[0] < config.flip)
+    if config.crop_scale == (1.0, 1.0):
+        return Crop(0, 0, height, width, flip)
+    low, high = config.crop_scale
+    log_ratios = np.log(config.crop_ratio)
+    areas = height * width * (low + (high - low) * u[3 : 3 + _CROP_TRIES])
+    ratios = np.exp(log_ratios[0] + (log_ratios[1] - log_ratios[0]) * u[3 + _CROP_TRIES :])
+    for area, ratio in zip(areas.tolist(), ratios.tolist(), strict=True):
+        w = round(math.sqrt(area * ratio))
+        h = round(math.sqrt(area / ratio))
+        if 0 < w <= width and 0 < h <= height:
+            return Crop(int(u[1] * (height - h + 1)), int(u[2] * (width - w + 1)), h, w, flip)
+    ratio = min(max(width / height, config.crop_ratio[0]), config.crop_ratio[1])
+    w = min(width, max(1, round(height * ratio)))
+    h = min(height, max(1, round(width / ratio)))
+    return Crop((height - h) // 2, (width - w) // 2, h, w, flip)
+
+
+def resize(image: torch.Tensor, height: int, width: int, interpolation: str) -> torch.Tensor:
+    """Resize uint8 [3, H, W] to [3, height, width], antialiased, in integer arithmetic."""
+    if image.shape[-2:] == (height, width):
+        return image
+    # torchvision's own resize goes through float for bilinear on some processors; torch's uint8 kernel never does.
+    return functional.interpolate(image[None], (height, width), mode=interpolation, antialias=True)[0]
+
+
+def train_transform(
+    image: torch.Tensor, config: ImageTransformConfig, *, seed: int, epoch: int, sample_id: str
+) -> torch.Tensor:
+    """Crop, then resize, then flip: uint8 [3, H, W] → [3, S, S]."""
+    height, width = image.shape[-2:]
+    box = random_crop(height, width, config, seed=seed, epoch=epoch, sample_id=sample_id)
+    image = image[:, box.top : box.top + box.height, box.left : box.left + box.width]
+    image = resize(image, config.size, config.size, config.interpolation)
+    return image.flip(-1) if box.flip else image
+
+
+def eval_transform(image: torch.Tensor, config: ImageTransformConfig) -> torch.Tensor:
+    """Shortest side to S and centre crop, or squash to a square: uint8 [3, H, W] → [3, S, S]."""
+    size = config.size
+    if config.eval_resize == "squash":
+        return resize(image, size, size, config.interpolation)
+    height, width = image.shape[-2:]
+    short = min(height, width)
+    # Truncation and the rounding of the offsets are torchvision's (Resize, CenterCrop).
+    new_height, new_width = int(size * height / short), int(size * width / short)
+    image = resize(image, new_height, new_width, config.interpolation)
+    top, left = round((new_height - size) / 2), round((new_width - size) / 2)
+    return image[:, top : top + size, left : left + size]
+
+
+def shrink(image: torch.Tensor, short_side: int) -> torch.Tensor:
+    """Make the shorter side ``short_side`` pixels, aspect kept; smaller images stay as they are."""
+    height, width = image.shape[-2:]
+    short = min(height, width)
+    if short <= short_side:
+        return image
+    new_height, new_width = round(height * short_side / short), round(width * short_side / short)
+    return resize(image, new_height, new_width, "bicubic")

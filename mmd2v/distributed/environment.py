@@ -1,0 +1,116 @@
+"""Who this process is among the ranks of a run, and the process group they share.
+
+Works alone, under the `deepspeed` launcher and under torchrun: both announce ranks through environment variables.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+
+from mmd2v.errors import UserError
+
+_LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+_ALONE = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+COLLECTIVE_TIMEOUT = timedelta(minutes=30)
+
+
+@dataclass(frozen=True)
+class World:
+    """The ranks of a run as this process sees them."""
+
+    rank: int
+    size: int
+    local_rank: int
+    device: torch.device
+    backend: str
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is rank 0, which writes files and talks to the user."""
+        return self.rank == 0
+
+
+def choose_device(device: Literal["auto", "cpu", "cuda"]) -> str:
+    """Return ``"cpu"`` or ``"cuda"`` and tell DeepSpeed, which reads ``DS_ACCELERATOR`` when it is first imported.
+
+    Raises UserError when CUDA is asked for and absent, or ``DS_ACCELERATOR`` says otherwise.
+    """
+    announced = os.environ.get("DS_ACCELERATOR")
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() and announced != "cpu" else "cpu"
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError("engine.device: found 'cuda', but torch sees no CUDA device here; expected 'cpu' or 'auto'")
+    if announced not in (None, device):
+        raise UserError(f"engine.device: is '{device}', but the variable DS_ACCELERATOR is '{announced}'; unset it")
+    os.environ["DS_ACCELERATOR"] = device
+    return device
+
+
+def initialize(device: Literal["auto", "cpu", "cuda"] = "auto") -> World:
+    """Join the process group the environment describes (or form one alone) and return this process's place in it.
+
+    gloo on the CPU, NCCL on CUDA. Call before anything imports deepspeed. Raises UserError when a launcher's
+    variables are incomplete or a node has fewer devices than ranks.
+    """
+    kind = choose_device(device)
+    present = [name for name in _LAUNCHER_VARIABLES if name in os.environ]
+    alone = "RANK" not in present and "WORLD_SIZE" not in present
+    if alone:
+        os.environ.update(_ALONE)
+    elif missing := sorted(set(_LAUNCHER_VARIABLES) - set(present)):
+        raise UserError(
+            f"environment: {', '.join(present)} set, but {', '.join(missing)} missing; use a launcher or unset"
+        )
+    rank, size, local_rank = (_integer(name) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+
+    backend = "nccl" if kind == "cuda" else "gloo"
+    target = torch.device("cpu")
+    if kind == "cuda":
+        if local_rank >= torch.cuda.device_count():
+            raise UserError(f"rank {rank}: needs CUDA device {local_rank}, this node has {torch.cuda.device_count()}")
+        target = torch.device("cuda", local_rank)
+        torch.cuda.set_device(target)
+    if not dist.is_initialized():
+        if size == 1:  # a store in memory: no port, so any number of runs fit on one machine
+            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=COLLECTIVE_TIMEOUT)
+        else:
+            bound = target if kind == "cuda" else None
+            dist.init_process_group(backend, rank=rank, world_size=size, timeout=COLLECTIVE_TIMEOUT, device_id=bound)
+    if kind == "cpu":
+        _share_cores()
+    return World(rank, size, local_rank, target, backend)
+
+
+def shutdown() -> None:
+    """Leave the process group."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def ranks_on_this_node() -> int:
+    """Ranks a node as the launcher announces it: torchrun's LOCAL_WORLD_SIZE, deepspeed's LOCAL_SIZE."""
+    for name in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE"):
+        if name in os.environ:
+            return _integer(name)
+    return 1
+
+
+def _share_cores() -> None:
+    """Give each rank of a node its share of the cores; all of them on all cores slow each other down."""
+    ranks = ranks_on_this_node()
+    if ranks > 1 and "OMP_NUM_THREADS" not in os.environ:
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        torch.set_num_threads(max(1, cores // ranks))
+
+
+def _integer(name: str) -> int:
+    text = os.environ[name]
+    if not text.isdecimal():
+        raise UserError(f"environment variable {name}: found '{text}'; expected a whole number")
+    return int(text)

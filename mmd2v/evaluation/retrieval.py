@@ -1,0 +1,118 @@
+"""Image–text retrieval: recall at 1, 5 and 10 in both directions, exact, with any number of captions an image.
+
+Image→text: any own caption among the k nearest, averaged over images. Text→image: the image among the k nearest,
+averaged over captions (Karpathy & Fei-Fei 2015, as CLIP_benchmark and BEiT-3 compute it). All numbers are fractions.
+
+Shapes: M images, N captions, E width of an embedding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+
+from mmd2v.data.batch import Batch
+from mmd2v.distributed.collectives import gather_variable, rank, world_size
+from mmd2v.distributed.environment import World
+from mmd2v.errors import UserError
+from mmd2v.evaluation.chance import chance_recall
+from mmd2v.evaluation.encoding import Encode, encode_set
+from mmd2v_kernels.rank_count import RankCounts, count_ahead
+
+RECALL_AT = (1, 5, 10)
+Metrics = dict[str, float]
+
+
+def retrieval_metrics(
+    image_embeddings_ME: torch.Tensor, text_embeddings_NE: torch.Tensor, caption_image_N: torch.Tensor
+) -> Metrics:
+    """Return the metrics of L2-normalised embeddings held by one process.
+
+    ``caption_image_N`` is int64 [N], the row of the image each caption describes. Keys: ``i2t_R@1`` … ``t2i_R@10``;
+    ``i2t_median_rank``, ``t2i_median_rank`` (one-based); ``chance_i2t_R@1`` …; ``images``, ``captions``. Where equal
+    scores leave a recall open, ``i2t_R@1_worst`` and ``i2t_R@1_best`` and their like bound it over all orders of ties.
+    Images without caption are candidates but no queries. Raises UserError for embeddings that are not finite or
+    indices that do not fit.
+    """
+    positives = _positives(image_embeddings_ME, text_embeddings_NE, caption_image_N)
+    try:
+        counts = count_ahead(text_embeddings_NE, image_embeddings_ME, positives)
+    except ValueError as error:
+        raise UserError(f"evaluation: {error}") from error
+    return _metrics(counts, caption_image_N, len(image_embeddings_ME))
+
+
+def evaluate(
+    student: Encode,
+    loader: Iterable[Batch],
+    world: World | None = None,
+    *,
+    image: str = "image",
+    text: str = "text",
+    expected: tuple[int | None, int | None] = (None, None),
+) -> Metrics:
+    """Encode a set over all ranks and return its `retrieval_metrics`, the same on every rank.
+
+    ``student(batch)`` gives embeddings by modality (a `Student`, or any callable that returns such an output) for a
+    batch on ``world.device``; ``loader`` yields this rank's slice, every image once. ``image`` and ``text`` name the
+    modalities. ``expected`` are the numbers of images and captions the set must have. Every rank must call it; each
+    ranks its share of the captions. Adds ``duplicate_images`` to the metrics.
+    Raises UserError, on every rank, for unreadable data, embeddings that are not finite, or other counts.
+    """
+    device = torch.device("cpu") if world is None else world.device
+    encoded = encode_set(student, loader, device, image=image, text=text)
+    found = len(encoded.image_ME), len(encoded.text_NE)
+    for what, number, wanted in zip(("images", "captions"), found, expected, strict=True):
+        if wanted is not None and number != wanted:
+            raise UserError(f"evaluation: found {number} {what}, expected {wanted}")
+    positives = _positives(encoded.image_ME, encoded.text_NE, encoded.caption_image_N)
+    share = tuple(len(encoded.text_NE) * r // world_size() for r in (rank(), rank() + 1))
+    own = count_ahead(encoded.text_NE, encoded.image_ME, positives, rows=(share[0], share[1]))
+    # A row is ranked by one rank alone; every rank adds to the columns.
+    counts = RankCounts(
+        gather_variable(own.row[:, share[0] : share[1]].t()).t(), gather_variable(own.column[None]).sum(0)
+    )
+    metrics = _metrics(counts, encoded.caption_image_N, len(encoded.image_ME))
+    return {**metrics, "duplicate_images": encoded.duplicates}
+
+
+def _positives(image_ME: torch.Tensor, text_NE: torch.Tensor, caption_image_N: torch.Tensor) -> torch.Tensor:
+    """int64 [N, 2]: (caption, its image)."""
+    m, n = len(image_ME), len(text_NE)
+    if caption_image_N.shape != (n,):
+        raise UserError(f"evaluation: {list(caption_image_N.shape)} image indices for {n} captions")
+    if n == 0 or m == 0:
+        raise UserError(f"evaluation: retrieval needs images and captions, found {m} and {n}")
+    low, high = int(caption_image_N.min()), int(caption_image_N.max())
+    if low < 0 or high >= m:
+        raise UserError(f"evaluation: captions name images {low}..{high}, but there are images 0..{m - 1}")
+    return torch.stack([torch.arange(n, device=caption_image_N.device), caption_image_N.long()], dim=1)
+
+
+def _metrics(counts: RankCounts, caption_image_N: torch.Tensor, images: int) -> Metrics:
+    captions_M = torch.bincount(caption_image_N, minlength=images).cpu()
+    described = captions_M > 0
+    sides = {
+        # direction: counts of its queries, candidates, right answers of each query
+        "i2t": (counts.column.cpu()[:, described], len(caption_image_N), captions_M[described].tolist()),
+        "t2i": (counts.row.cpu(), images, [1] * len(caption_image_N)),
+    }
+    metrics: Metrics = {}
+    for name, (count, _, _) in sides.items():
+        rank_, best, worst = count[0] + count[1], count[0], count.sum(0)
+        for k in RECALL_AT:
+            metrics[f"{name}_R@{k}"] = _share_below(rank_, k)
+            if _share_below(worst, k) != _share_below(best, k):
+                metrics[f"{name}_R@{k}_worst"] = _share_below(worst, k)
+                metrics[f"{name}_R@{k}_best"] = _share_below(best, k)
+    for name, (count, _, _) in sides.items():
+        metrics[f"{name}_median_rank"] = (count[0] + count[1] + 1).double().quantile(0.5).item()
+    for name, (_, candidates, positives) in sides.items():
+        for k in RECALL_AT:
+            metrics[f"chance_{name}_R@{k}"] = chance_recall(candidates, positives, k)
+    return {**metrics, "images": images, "captions": len(caption_image_N)}
+
+
+def _share_below(ranks: torch.Tensor, k: int) -> float:
+    return (ranks < k).double().mean().item()

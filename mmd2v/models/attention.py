@@ -1,0 +1,79 @@
+"""Self-attention of packed sequences: each token sees the tokens of its own sequence.
+
+Shapes: T rows of all sequences, H heads, K width of a head.
+On CUDA xformers' ``memory_efficient_attention`` with a ``BlockDiagonalMask``; elsewhere torch's SDPA.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+from functools import cache
+
+import torch
+import torch.nn.functional as F
+
+from mmd2v.models.packed import Layout
+
+logger = logging.getLogger(__name__)
+
+
+def attend(q_THK: torch.Tensor, k_THK: torch.Tensor, v_THK: torch.Tensor, layout: Layout) -> torch.Tensor:
+    """Return softmax(q kᵀ / √K) v within every sequence of ``layout``, [T, H, K]."""
+    if q_THK.device.type == "cuda" and xformers_available():
+        return _attend_xformers(q_THK, k_THK, v_THK, layout)
+    return attend_sdpa(q_THK, k_THK, v_THK, layout)
+
+
+@cache
+def xformers_available() -> bool:
+    """Tell whether xformers can be used on this machine's CUDA device; says loudly when it cannot."""
+    if importlib.util.find_spec("xformers") is None:
+        logger.warning("attention: xformers is not installed, using torch SDPA with padding (pip install mmd2v[gpu])")
+        return False
+    try:
+        import xformers.ops  # noqa: F401
+    except Exception as error:  # a build for another torch raises all kinds of errors at import
+        logger.warning("attention: xformers does not load (%s), using torch SDPA with padding", error)
+        return False
+    return True
+
+
+def _attend_xformers(
+    q_THK: torch.Tensor, k_THK: torch.Tensor, v_THK: torch.Tensor, layout: Layout
+) -> torch.Tensor:
+    from xformers.ops import memory_efficient_attention
+    from xformers.ops.fmha.attn_bias import BlockDiagonalMask
+
+    mask = layout.once(
+        "xformers_mask", lambda: BlockDiagonalMask.from_seqlens(layout.all_lengths, device=layout.device)
+    )
+    return memory_efficient_attention(q_THK[None], k_THK[None], v_THK[None], attn_bias=mask)[0]
+
+
+def attend_sdpa(q_THK: torch.Tensor, k_THK: torch.Tensor, v_THK: torch.Tensor, layout: Layout) -> torch.Tensor:
+    """Do the same with torch's SDPA: equally long sequences as a view, others padded to the longest."""
+    parts = []
+    for modality, rows in layout.rows.items():
+        qkv = q_THK[rows], k_THK[rows], v_THK[rows]
+        if rows.start == rows.stop:
+            parts.append(qkv[2])
+        elif layout.is_rectangular(modality):
+            parts.append(_rectangular(*qkv, len(layout.lengths[modality])))
+        else:
+            parts.append(_padded(*qkv, layout, modality))
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def _rectangular(q_RHK: torch.Tensor, k_RHK: torch.Tensor, v_RHK: torch.Tensor, sequences: int) -> torch.Tensor:
+    q_SHLK, k_SHLK, v_SHLK = (x.unflatten(0, (sequences, -1)).transpose(1, 2) for x in (q_RHK, k_RHK, v_RHK))
+    return F.scaled_dot_product_attention(q_SHLK, k_SHLK, v_SHLK).transpose(1, 2).flatten(0, 1)
+
+
+def _padded(
+    q_RHK: torch.Tensor, k_RHK: torch.Tensor, v_RHK: torch.Tensor, layout: Layout, modality: str
+) -> torch.Tensor:
+    padding = layout.padding(modality)
+    q_SHLK, k_SHLK, v_SHLK = (x[padding.row_of_slot].transpose(1, 2) for x in (q_RHK, k_RHK, v_RHK))
+    out_SHLK = F.scaled_dot_product_attention(q_SHLK, k_SHLK, v_SHLK, attn_mask=padding.is_token[:, None, None, :])
+    return out_SHLK.transpose(1, 2).flatten(0, 1)[padding.slot_of_row]

@@ -1,0 +1,83 @@
+"""Reading the folders that ``mmd2v export`` writes: a whole student, or its layers as a source of blocks.
+
+An export holds ``model.safetensors``, ``config.yaml`` (a run's config whose paths are relative to the folder), the
+tokenizer's files and the configuration of each Hugging Face encoder: all that is needed, and no code.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from mmd2v.config.load import load_config
+from mmd2v.config.schema import Config
+from mmd2v.data.tokenizers import load_tokenizer
+from mmd2v.errors import UserError
+from mmd2v.models.layers import SHARED
+from mmd2v.models.student import Student, build_student
+
+WEIGHTS_FILE = "model.safetensors"
+CONFIG_FILE = "config.yaml"
+
+
+def load_student(folder: str | Path, where: str) -> Student:
+    """Rebuild the exported student on the CPU in eval mode.
+
+    Raises UserError, beginning with ``where``, for a folder that is no export or whose weights do not fit its config.
+    """
+    config = load_export_config(folder, where)
+    tokenizer = None if config.data.tokenizer is None else load_tokenizer(config.data.tokenizer)
+    student = build_student(config, tokenizer, pretrained=False)
+    state = load_file(_file(folder, WEIGHTS_FILE, where))
+    expected = student.state_dict()
+    missing, unexpected = sorted(expected.keys() - state.keys()), sorted(state.keys() - expected.keys())
+    wrong = [k for k in expected.keys() & state.keys() if expected[k].shape != state[k].shape]
+    if missing or unexpected or wrong:
+        raise UserError(
+            f"{where}: the weights in {folder} do not fit its {CONFIG_FILE}: {len(missing)} missing {missing[:3]}, "
+            f"{len(unexpected)} unexpected {unexpected[:3]}, {len(wrong)} of another shape {wrong[:3]}"
+        )
+    student.load_state_dict(state)
+    return student.eval()
+
+
+def load_export_config(folder: str | Path, where: str) -> Config:
+    """Return the config of an export with its relative paths made absolute."""
+    config = load_config(_file(folder, CONFIG_FILE, where))
+    folder = Path(folder).resolve()
+    data, model = config.data, config.model
+    if data.tokenizer is not None:
+        path = str(folder / data.tokenizer.path)
+        data = data.model_copy(update={"tokenizer": data.tokenizer.model_copy(update={"path": path})})
+    encoders = {
+        name: encoder.model_copy(update={"name": str(folder / encoder.name)}) if encoder.kind == "hf" else encoder
+        for name, encoder in model.encoders.items()
+    }
+    return config.model_copy(update={"data": data, "model": model.model_copy(update={"encoders": encoders})})
+
+
+def exported_block(folder: str, index: int, owner: str, where: str) -> dict[str, torch.Tensor]:
+    """Return layer ``index`` of an export as ``owner`` (a modality or ``shared``) sees it, in our block names."""
+    found = {}
+    with safe_open(_file(folder, WEIGHTS_FILE, where), framework="pt") as file:
+        names = list(file.keys())
+        for half in ("attention", "mlp"):
+            for candidate in (owner, SHARED):
+                prefix = f"layers.{index}.{half}.{candidate}."
+                keys = [name for name in names if name.startswith(prefix)]
+                if keys:
+                    found.update({f"{half}.{k.removeprefix(prefix)}": file.get_tensor(k) for k in keys})
+                    break
+    if not found:
+        raise UserError(f"{where}: layer {index} of {folder} has no weights of '{owner}'")
+    return found
+
+
+def _file(folder: str | Path, name: str, where: str) -> Path:
+    path = Path(folder) / name
+    if not path.is_file():
+        raise UserError(f"{where}: {folder} is no export: it has no {name} (written by `mmd2v export`)")
+    return path

@@ -1,0 +1,55 @@
+"""Reading Hugging Face encoders: configuration, modules, blocks in our layout."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModel
+
+from mmd2v.errors import UserError
+
+
+def load_model(name: str, *, pretrained: bool, where: str) -> nn.Module:
+    """Return the encoder ``name`` (folder or hub name) in fp32; its configuration alone when not ``pretrained``.
+
+    Raises UserError, beginning with ``where``, when there is none or its weights are not safetensors: a pickle
+    could run code.
+    """
+    try:
+        if not pretrained:
+            return AutoModel.from_config(AutoConfig.from_pretrained(name), attn_implementation="sdpa")
+        return AutoModel.from_pretrained(
+            name, dtype=torch.float32, use_safetensors=True, attn_implementation="sdpa", trust_remote_code=False
+        )
+    except (OSError, ValueError) as error:
+        hint = "" if Path(name).is_dir() else " (it is no folder here, and the hub cannot be asked or does not know it)"
+        first_line = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"{where}: no Hugging Face encoder '{name}'{hint}: {first_line}") from error
+
+
+def bert_block(model: nn.Module, index: int, where: str) -> dict[str, torch.Tensor]:
+    """Return block ``index`` of a BERT-like encoder (BERT, RoBERTa, MiniLM …, all post-norm) in our names.
+
+    Keys: ``attention.norm.weight`` … ``mlp.fc2.bias``. Raises UserError when the model is not BERT-like or has
+    fewer blocks.
+    """
+    blocks = getattr(getattr(model, "encoder", None), "layer", None)
+    if blocks is None or not hasattr(blocks[0], "intermediate"):
+        raise UserError(f"{where}: {type(model).__name__} is not BERT-like; its blocks cannot be taken over")
+    if index >= len(blocks):
+        raise UserError(f"{where}: block {index} was asked for, the source has {len(blocks)}")
+    block = blocks[index]
+    attention, output = block.attention.self, block.attention.output
+    parts = {
+        "attention.norm": output.LayerNorm,
+        "attention.proj": output.dense,
+        "mlp.norm": block.output.LayerNorm,
+        "mlp.fc1": block.intermediate.dense,
+        "mlp.fc2": block.output.dense,
+    }
+    state = {f"{name}.{kind}": getattr(module, kind) for name, module in parts.items() for kind in ("weight", "bias")}
+    for kind in ("weight", "bias"):
+        state[f"attention.qkv.{kind}"] = torch.cat([getattr(m, kind) for m in (attention.query, attention.key, attention.value)])
+    return {name: value.detach().clone() for name, value in state.items()}

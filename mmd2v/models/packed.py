@@ -1,0 +1,147 @@
+"""Sequences of all modalities end to end, without padding.
+
+Shapes: T rows (tokens) of all sequences ordered by modality, D width, S sequences.
+A layout is built on the host from host lengths, once a batch; what a device needs of it is copied there once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+
+class Padding(NamedTuple):
+    """How the rows of one modality map to a padded rectangle [S, longest]."""
+
+    row_of_slot: torch.Tensor
+    """int64 [S, longest]; padding slots point at row 0 of the modality."""
+    is_token: torch.Tensor
+    """bool [S, longest]"""
+    slot_of_row: torch.Tensor
+    """int64 [rows], index into the flattened rectangle."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Which rows belong to which sequence of which modality."""
+
+    lengths: dict[str, np.ndarray]
+    """modality → int64 [sequences], tokens of each sequence; the order of the keys is the order of the rows."""
+    device: torch.device
+    _cache: dict = field(default_factory=dict, compare=False, repr=False)
+
+    @classmethod
+    def build(cls, lengths: dict[str, Sequence[int] | np.ndarray | torch.Tensor], device: torch.device) -> Layout:
+        """Make a layout from host lengths."""
+        return cls({name: np.asarray(value, dtype=np.int64) for name, value in lengths.items()}, device)
+
+    @property
+    def modalities(self) -> tuple[str, ...]:
+        """Names in the order of the rows."""
+        return tuple(self.lengths)
+
+    @cached_property
+    def rows(self) -> dict[str, slice]:
+        """Modality → its rows."""
+        found, start = {}, 0
+        for name, lengths in self.lengths.items():
+            stop = start + int(lengths.sum())
+            found[name] = slice(start, stop)
+            start = stop
+        return found
+
+    @property
+    def total(self) -> int:
+        """T, the number of rows."""
+        return sum(int(lengths.sum()) for lengths in self.lengths.values())
+
+    @cached_property
+    def all_lengths(self) -> list[int]:
+        """Tokens of every sequence, in the order of the rows."""
+        return np.concatenate(list(self.lengths.values())).tolist()
+
+    def select(self, modalities: Iterable[str]) -> Layout:
+        """Return the layout of some of the modalities, in the same order (cached: one object a choice)."""
+        chosen = tuple(name for name in self.lengths if name in set(modalities))
+        if chosen == self.modalities:
+            return self
+        return self._once(("select", chosen), lambda: Layout({n: self.lengths[n] for n in chosen}, self.device))
+
+    def first_rows(self, modality: str) -> torch.Tensor:
+        """Return int64 [S]: row, within the modality, of each sequence's first token (the CLS)."""
+
+        def build() -> torch.Tensor:
+            lengths = self.lengths[modality]
+            return self._to_device(np.cumsum(lengths) - lengths)
+
+        return self._once(("first_rows", modality), build)
+
+    def sequence_of_row(self, modality: str | None = None) -> torch.Tensor:
+        """Return int64 [rows]: the sequence each row belongs to, of one modality or (None) of all."""
+
+        def build() -> torch.Tensor:
+            lengths = np.asarray(self.all_lengths) if modality is None else self.lengths[modality]
+            return self._to_device(np.repeat(np.arange(len(lengths)), lengths))
+
+        return self._once(("sequence_of_row", modality), build)
+
+    def position_of_row(self, modality: str) -> torch.Tensor:
+        """Return int64 [rows]: place of each token in its sequence, from 0."""
+
+        def build() -> torch.Tensor:
+            lengths = self.lengths[modality]
+            starts = np.cumsum(lengths) - lengths
+            return self._to_device(np.arange(int(lengths.sum())) - np.repeat(starts, lengths))
+
+        return self._once(("position_of_row", modality), build)
+
+    def is_rectangular(self, modality: str) -> bool:
+        """Tell whether all sequences of the modality are equally long, so that a view needs no padding."""
+        lengths = self.lengths[modality]
+        return bool(len(lengths) == 0 or (lengths == lengths[0]).all())
+
+    def padding(self, modality: str) -> Padding:
+        """Return the map between the modality's rows and a padded rectangle."""
+
+        def build() -> Padding:
+            lengths = self.lengths[modality]
+            longest = int(lengths.max(initial=0))
+            starts = np.cumsum(lengths) - lengths
+            column = np.arange(longest)
+            is_token = column[None, :] < lengths[:, None]
+            row_of_slot = np.where(is_token, starts[:, None] + column[None, :], 0)
+            return Padding(*(self._to_device(a) for a in (row_of_slot, is_token, np.flatnonzero(is_token))))
+
+        return self._once(("padding", modality), build)
+
+    def once(self, key: str, build):
+        """Return what ``build()`` gave the first time ``key`` was asked for (masks and the like, once a batch)."""
+        return self._once(("user", key), build)
+
+    def _once(self, key, build):
+        if key not in self._cache:
+            self._cache[key] = build()
+        return self._cache[key]
+
+    def _to_device(self, array: np.ndarray) -> torch.Tensor:
+        tensor = torch.from_numpy(np.ascontiguousarray(array))
+        if self.device.type == "cuda":
+            return tensor.pin_memory().to(self.device, non_blocking=True)
+        return tensor
+
+
+@dataclass(frozen=True)
+class Packed:
+    """Rows of all sequences and the layout that says whose they are."""
+
+    x_TD: torch.Tensor
+    layout: Layout
+
+    def __getitem__(self, modality: str) -> torch.Tensor:
+        """Return the modality's rows, a view [rows, D]."""
+        return self.x_TD[self.layout.rows[modality]]

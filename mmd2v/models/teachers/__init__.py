@@ -1,0 +1,52 @@
+"""Frozen teachers. They live outside the training engine, always in eval mode, and enter no checkpoint.
+
+Adding a kind of teacher is one file here and one line in ``TEACHERS``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from mmd2v.config.schema import Config, TeacherConfig
+from mmd2v.errors import unknown_name
+from mmd2v.models.teachers.base import Targets, Teacher
+from mmd2v.models.teachers.exported import ExportTeacher
+from mmd2v.models.teachers.hf import hf_teacher
+from mmd2v.models.teachers.timm import TimmTeacher
+
+TEACHERS: dict[str, Callable[[str, TeacherConfig, int, str], Teacher]] = {
+    "timm": TimmTeacher,
+    "hf": hf_teacher,
+    "mmd2v": ExportTeacher,
+}
+"""Prefix of a teacher's name → (rest of the name, config, image size in pixels, where in the config) → teacher."""
+
+
+def load(name: str, *, image_size: int = 224, device: str | torch.device = "cpu", **options) -> Teacher:
+    """Load a teacher by its name, such as ``timm:resnet50`` or ``hf:FOLDER``.
+
+    ``options`` are fields of :class:`mmd2v.config.schema.TeacherConfig`. Raises UserError for a name that does not
+    exist.
+    """
+    return _build(TeacherConfig(name=name, **options), image_size, torch.device(device), f"teacher {name}")
+
+
+def build_teachers(config: Config, device: torch.device) -> dict[str, Teacher]:
+    """Load every teacher of a run onto ``device``."""
+    return {
+        name: _build(teacher, config.data.image.size, device, f"teachers.{name}.name")
+        for name, teacher in config.teachers.items()
+    }
+
+
+def _build(config: TeacherConfig, image_size: int, device: torch.device, where: str) -> Teacher:
+    kind, _, rest = config.name.partition(":")
+    if kind not in TEACHERS:
+        raise unknown_name(where, kind, TEACHERS)
+    teacher = TEACHERS[kind](rest, config, image_size, where)
+    return teacher.freeze(device)
+
+
+__all__ = ["TEACHERS", "Targets", "Teacher", "build_teachers", "load"]

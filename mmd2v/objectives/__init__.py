@@ -1,0 +1,61 @@
+"""The terms of the loss.
+
+An objective is a module (it may own heads) whose forward returns named scalars. Adding one is a file here and a line
+in ``OBJECTIVES``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import nn
+
+from mmd2v.config.schema import Config
+from mmd2v.data.batch import Batch
+from mmd2v.models.initialisation import init_random
+from mmd2v.models.student import Student, StudentOutput
+from mmd2v.models.teachers import Targets, Teacher
+from mmd2v.objectives.attributes import Attributes
+from mmd2v.objectives.base import Objective
+from mmd2v.objectives.cls_regression import CLSRegression
+from mmd2v.objectives.contrastive import Contrastive
+
+OBJECTIVES: dict[str, type[Objective]] = {
+    "cls_regression": CLSRegression,
+    "contrastive": Contrastive,
+    "attributes": Attributes,
+}
+
+
+class Objectives(nn.Module):
+    """All terms of a run."""
+
+    def __init__(self, terms: list[Objective], weights: list[float]) -> None:
+        super().__init__()
+        self.terms = nn.ModuleList(terms)
+        self.weights = weights
+
+    def forward(self, output: StudentOutput, targets: Mapping[str, Targets], batch: Batch) -> dict[str, torch.Tensor]:
+        """Return every term unweighted, by name, and their weighted sum under ``loss``."""
+        losses: dict[str, torch.Tensor] = {}
+        total = torch.zeros((), device=batch.images.device)
+        for term, weight in zip(self.terms, self.weights, strict=True):
+            found = term(output, targets, batch)
+            total = total + weight * torch.stack([v.float() for v in found.values()]).sum()
+            for name, value in found.items():
+                # Two terms of one kind (on two teachers, say) are told apart by a number.
+                key = name if name not in losses else f"{name}_{sum(k.startswith(name) for k in losses) + 1}"
+                losses[key] = value
+        return {"loss": total, **losses}
+
+    def metrics(self) -> dict[str, torch.Tensor]:
+        """Return what a person may want to follow beside the losses, such as the temperature."""
+        return {name: value for term in self.terms for name, value in term.metrics().items()}
+
+
+def build_objectives(config: Config, student: Student, teachers: Mapping[str, Teacher]) -> Objectives:
+    """Build the terms of a run with randomly drawn heads (from ``config.seed`` alone)."""
+    terms = [OBJECTIVES[o.kind](o, student, teachers, f"objectives.{i}") for i, o in enumerate(config.objectives)]
+    init_random(nn.ModuleList(terms), config.seed, "objectives")
+    return Objectives(terms, [o.weight for o in config.objectives])

@@ -1,0 +1,40 @@
+"""Multi-label classification of what is known of a sample: how a teacher is trained on an own domain.
+
+Shapes: B samples, A attributes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from mmd2v.config.schema import AttributesConfig
+from mmd2v.data.batch import Batch
+from mmd2v.errors import UserError
+from mmd2v.models.student import Student, StudentOutput
+from mmd2v.models.teachers import Targets, Teacher
+from mmd2v.objectives.base import Objective
+
+
+class Attributes(Objective):
+    """Binary cross-entropy summed over the attributes and averaged over the samples."""
+
+    def __init__(
+        self, config: AttributesConfig, student: Student, teachers: Mapping[str, Teacher], where: str
+    ) -> None:
+        super().__init__(config, student, teachers, where)
+        self.config = config
+        self.where = where
+        self.head = nn.Linear(student.config.width, config.classes)
+
+    def forward(self, output: StudentOutput, targets: Mapping[str, Targets], batch: Batch) -> dict[str, torch.Tensor]:
+        """Return ``attributes_loss``."""
+        if batch.labels is None or batch.labels.shape[1] != self.config.classes:
+            found = "none" if batch.labels is None else batch.labels.shape[1]
+            raise UserError(f"{self.where}.classes: samples carry {found} labels, expected {self.config.classes}")
+        logits_BA = self.head(output.pooled[self.config.modality]).float()
+        loss = F.binary_cross_entropy_with_logits(logits_BA, batch.labels, reduction="sum") / len(batch)
+        return {"attributes_loss": loss}

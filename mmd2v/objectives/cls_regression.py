@@ -1,0 +1,78 @@
+"""Regression of a teacher's CLS from every modality: the source's multimodal loss.
+
+Shapes: B images, N captions, D student width, C teacher width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from mmd2v.config.schema import CLSRegressionConfig
+from mmd2v.data.batch import Batch
+from mmd2v.errors import UserError
+from mmd2v.models.student import Student, StudentOutput
+from mmd2v.models.teachers import Targets, Teacher
+from mmd2v.objectives.base import Objective
+
+
+class CLSRegression(Objective):
+    """Mean distance of head(pooled) to the teacher's CLS of the same sample, one loss a modality."""
+
+    def __init__(
+        self, config: CLSRegressionConfig, student: Student, teachers: Mapping[str, Teacher], where: str
+    ) -> None:
+        super().__init__(config, student, teachers, where)
+        self.config = config
+        width, target_width = student.config.width, teachers[config.teacher].width
+        self.teacher_modality = teachers[config.teacher].modality
+        if config.head == "none" and width != target_width:
+            raise UserError(
+                f"{where}.head: found none, but the student's width {width} is not the teacher's {target_width}; "
+                f"expected linear, norm_linear or mlp"
+            )
+        owners = ["shared"] if config.shared_head else config.modalities
+        self.heads = nn.ModuleDict({owner: _head(config.head, width, target_width) for owner in owners})
+
+    def forward(self, output: StudentOutput, targets: Mapping[str, Targets], batch: Batch) -> dict[str, torch.Tensor]:
+        """Return ``cls_regression_loss/MODALITY``."""
+        target_BC = targets[self.config.teacher].cls_BD
+        losses = {}
+        for modality in self.config.modalities:
+            head = self.heads["shared" if self.config.shared_head else modality]
+            prediction = head(output.pooled[modality]).float()
+            losses[f"cls_regression_loss/{modality}"] = self._distance(
+                *_align(prediction, target_BC, modality, self.teacher_modality, batch)
+            )
+        return losses
+
+    def _distance(self, prediction_NC: torch.Tensor, target_NC: torch.Tensor) -> torch.Tensor:
+        if self.config.loss == "mse":
+            return F.mse_loss(prediction_NC, target_NC)
+        if self.config.loss == "smooth_l1":
+            return F.smooth_l1_loss(prediction_NC, target_NC)
+        return 1 - F.cosine_similarity(prediction_NC, target_NC).mean()
+
+
+def _align(
+    prediction: torch.Tensor, target: torch.Tensor, modality: str, teacher_modality: str, batch: Batch
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Pair rows: a caption with its image's target, or an image (repeated) with each of its captions' targets."""
+    if modality == "text" and teacher_modality == "image":
+        return prediction, target[batch.caption_image]
+    if modality != "text" and teacher_modality == "text":
+        return prediction[batch.caption_image], target
+    return prediction, target
+
+
+def _head(kind: str, width: int, target_width: int) -> nn.Module:
+    if kind == "none":
+        return nn.Identity()
+    if kind == "linear":
+        return nn.Linear(width, target_width)
+    if kind == "norm_linear":
+        return nn.Sequential(nn.LayerNorm(width), nn.Linear(width, target_width))
+    return nn.Sequential(nn.LayerNorm(width), nn.Linear(width, width), nn.GELU(), nn.Linear(width, target_width))

@@ -1,0 +1,62 @@
+"""Contrastive loss between images and captions with negatives from all ranks."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import torch
+from mmd2v_kernels import contrastive
+from torch import nn
+
+from mmd2v.config.schema import ContrastiveConfig
+from mmd2v.data.batch import Batch
+from mmd2v.distributed.collectives import all_gather_with_gradient, rank
+from mmd2v.errors import UserError
+from mmd2v.models.student import Student, StudentOutput
+from mmd2v.models.teachers import Targets, Teacher
+from mmd2v.objectives.base import Objective
+
+_LARGEST_LOG_SCALE = math.log(100)
+
+
+class Contrastive(Objective):
+    """Symmetric InfoNCE with a learned temperature (Radford et al. 2021)."""
+
+    def __init__(
+        self, config: ContrastiveConfig, student: Student, teachers: Mapping[str, Teacher], where: str
+    ) -> None:
+        super().__init__(config, student, teachers, where)
+        if set(student.inputs.values()) != {"image", "text"}:
+            raise UserError(f"{where}: contrastive needs an image and a text modality, found {dict(student.inputs)}")
+        self.config = config
+        self.names = {kind: name for name, kind in student.inputs.items()}
+        # One element and not a scalar: ZeRO-3 shards parameters by rows.
+        self.log_scale = nn.Parameter(torch.full((1,), -math.log(config.temperature)), requires_grad=config.learned)
+
+    def scale(self) -> torch.Tensor:
+        """Return the inverse temperature, within [1, 100]."""
+        return self.log_scale.float().clamp(0, _LARGEST_LOG_SCALE).exp()
+
+    def forward(self, output: StudentOutput, targets: Mapping[str, Targets], batch: Batch) -> dict[str, torch.Tensor]:
+        """Return ``contrastive_loss``."""
+        image_bD = output.embedding[self.names["image"]]
+        text_nD = output.embedding[self.names["text"]]
+        offset = rank() * len(batch)
+        owner_n = batch.caption_image + offset
+        loss = contrastive(
+            image_bD,
+            text_nD,
+            all_gather_with_gradient(image_bD),
+            all_gather_with_gradient(text_nD),
+            owner_n,
+            all_gather_with_gradient(owner_n),
+            offset,
+            self.scale(),
+            self.config.label_smoothing,
+        )
+        return {"contrastive_loss": loss}
+
+    def metrics(self) -> dict[str, torch.Tensor]:
+        """Return the temperature's inverse."""
+        return {"contrastive_scale": self.scale().detach()}

@@ -1,0 +1,110 @@
+"""DeepSpeed around the train module: what is built of it, and its checkpoints' file format.
+
+DeepSpeed is imported inside functions: it fixes its accelerator at its first import, and which one that is gets
+decided in `mmd2v.distributed.environment`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from mmd2v.config.deepspeed import deepspeed_config
+from mmd2v.config.schema import Config
+from mmd2v.distributed.environment import World
+from mmd2v.errors import UserError
+from mmd2v.train.optimizer import ParameterGroup, build_optimizer, parameter_groups
+from mmd2v.train.schedule import Schedule
+
+
+@dataclass
+class Engine:
+    """A DeepSpeed engine and what this trainer keeps beside it."""
+
+    deepspeed: Any
+    groups: list[ParameterGroup]
+    config: Config
+    optimizer_name: str
+    description: str
+    """One line: which optimiser was chosen, and why."""
+
+    @property
+    def module(self) -> nn.Module:
+        """The train module inside."""
+        return self.deepspeed.module
+
+    def forward(self, *inputs: Any) -> dict[str, torch.Tensor]:
+        """Run the train module."""
+        return self.deepspeed(*inputs)
+
+    def backward(self, loss: torch.Tensor) -> None:
+        """Accumulate gradients of a micro-batch; DeepSpeed divides by the accumulation and averages over ranks."""
+        self.deepspeed.backward(loss)
+
+    def step(self) -> None:
+        """Finish a micro-batch; the last one of a step clips and updates the parameters."""
+        self.deepspeed.step()
+
+    def set_learning_rate(self, schedule: Schedule, step: int) -> float:
+        """Set every group's settings for optimiser step ``step`` and return the learning rate without multiplier.
+
+        All of them are written each time, not the rate alone, so that a resumed run follows its config and not the
+        values inside the checkpoint.
+        """
+        settings = self.config.optimizer
+        rate = settings.lr * schedule.factor(step)
+        for own, group in zip(self.groups, self.deepspeed.optimizer.param_groups, strict=True):
+            group["lr"] = rate * own.lr_multiplier
+            group["weight_decay"] = own.weight_decay
+            group["betas"] = settings.betas
+            group["eps"] = settings.eps
+        return rate
+
+    def gradient_norm(self) -> float | None:
+        """Return the global gradient norm before clipping of the last step, when DeepSpeed computed one."""
+        norm = self.deepspeed.get_global_grad_norm()
+        return None if norm is None else float(norm)
+
+
+def build_engine(config: Config, world: World, module: nn.Module) -> Engine:
+    """Hand the train module and its optimiser to DeepSpeed. Raises UserError when this machine cannot run them."""
+    _check_precision(config, world)
+    groups = parameter_groups(config.optimizer, module.named_parameters())
+    module.to(world.device)
+    optimizer, description = build_optimizer(config, groups, world.device)
+    with quiet():
+        import deepspeed
+
+        engine, *_ = deepspeed.initialize(
+            model=module, optimizer=optimizer, config=deepspeed_config(config, world.size), dist_init_required=None
+        )
+    return Engine(engine, groups, config, type(optimizer).__name__, description)
+
+
+def _check_precision(config: Config, world: World) -> None:
+    precision = config.engine.precision
+    if precision == "fp16" and world.device.type == "cpu":
+        raise UserError("engine.precision: 'fp16' needs CUDA; on the CPU use 'bf16_autocast', 'bf16' or 'fp32'")
+    if precision.startswith("bf16") and world.device.type == "cuda" and not torch.cuda.is_bf16_supported():
+        raise UserError(f"engine.precision: this GPU has no bfloat16, which '{precision}' needs; use 'fp16' or 'fp32'")
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Hold back what DeepSpeed and torch announce while they start; errors pass. MMD2V_VERBOSE=1 lets all through."""
+    if os.environ.get("MMD2V_VERBOSE") == "1":
+        yield
+        return
+    for name in ("DeepSpeed", "torch.distributed", "torch.distributed.elastic"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield

@@ -1,0 +1,28 @@
+"""What the engine wraps: student and objectives in one module with one forward and one backward a step."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import nn
+
+from mmd2v.data.batch import Batch
+from mmd2v.models.student import Student
+from mmd2v.models.teachers import Targets
+from mmd2v.objectives import Objectives
+
+
+class TrainModule(nn.Module):
+    """Student and objectives; ``autocast`` computes products in bf16 over fp32 weights."""
+
+    def __init__(self, student: Student, objectives: Objectives, autocast: bool) -> None:
+        super().__init__()
+        self.student = student
+        self.objectives = objectives
+        self.autocast = autocast
+
+    def forward(self, batch: Batch, targets: Mapping[str, Targets]) -> dict[str, torch.Tensor]:
+        """Return every loss term by name and their weighted sum under ``loss``, all scalars on the device."""
+        with torch.autocast(batch.images.device.type, dtype=torch.bfloat16, enabled=self.autocast):
+            return self.objectives(self.student(batch), targets, batch)

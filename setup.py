@@ -1,0 +1,56 @@
+"""Packaging. `mmd2v_kernels` lives in `kernels/`, which is a folder and not an import package: Hugging Face publishes
+a package named `kernels` that transformers imports."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+ROOT = Path(__file__).parent
+VERSION = (ROOT / "VERSION").read_text().strip()
+
+setup(
+    name="mmd2v",
+    version=VERSION,
+    description="Distil frozen image and text models into one small encoder for both",
+    long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11,<3.14",
+    packages=find_packages(include=["mmd2v", "mmd2v.*"]) + find_packages("kernels"),
+    package_dir={"mmd2v": "mmd2v", "mmd2v_kernels": "kernels/mmd2v_kernels"},
+    install_requires=[
+        "torch>=2.10",
+        "torchvision>=0.25",
+        "deepspeed>=0.19",
+        "webdataset>=1.0",
+        "timm>=1.0.20",
+        "transformers>=5.0",
+        "tokenizers>=0.22",
+        "sentencepiece>=0.2",
+        "pydantic>=2.11",
+        "tyro>=1.0",
+        "safetensors>=0.5",
+        "tensorboard>=2.18",
+        "rich>=13",
+        "matplotlib>=3.9",
+        "fsspec>=2024.6",
+        "pyyaml>=6",
+        "numpy>=1.26",
+        "pillow>=11",
+        "psutil>=5.9",
+    ],
+    extras_require={
+        # torch's CUDA builds bring triton themselves; the extra pins it where they do not.
+        "gpu": ["triton>=3.6; platform_system == 'Linux'", "xformers>=0.0.35; platform_system == 'Linux'"],
+        "mpi": ["mpi4py>=4.0"],
+        "test": [
+            "pytest>=8",
+            "pytest-timeout>=2.3",
+            "hypothesis>=6.100",
+            "ruff>=0.9",
+            "mypy>=1.13",
+            "xformers>=0.0.35; platform_system == 'Linux'",
+        ],
+    },
+    entry_points={"console_scripts": ["mmd2v = mmd2v.cli.main:run"]},
+)

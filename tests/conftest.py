@@ -1,0 +1,25 @@
+"""Fixtures every test may use."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder of real data named by MMD2V_SHARED; tests that need it are skipped where it is unset."""
+    folder = os.environ.get("MMD2V_SHARED")
+    if not folder:
+        pytest.skip("MMD2V_SHARED is unset: no real data to test with")
+    return Path(folder) / "data"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip GPU tests where there is no GPU, with that reason."""
+    import torch
+
+    if not torch.cuda.is_available():
+        for item in items:
+            if "gpu" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="no CUDA device on this machine"))

@@ -1,0 +1,172 @@
+"""The student as a whole: packing, pooling, skipping modalities, freezing, starting weights."""
+
+import pytest
+import timm
+import torch
+from safetensors.torch import save_file
+from small import StubTokenizer, random_batch, small_config
+
+from mmd2v.errors import UserError
+from mmd2v.models.parameters import no_decay, part
+from mmd2v.models.student import build_student
+
+
+
+
+def build(**changes):
+    return build_student(small_config(**changes), StubTokenizer()).eval()
+
+
+def test_embeddings_are_unit_vectors_of_the_projections_width():
+    output = build(model__projection={"dim": 6})(random_batch(captions=2))
+    assert output.embedding["image"].shape == (4, 6) and output.embedding["text"].shape == (8, 6)
+    assert output.pooled["image"].shape == (4, 16)
+    for embedding in output.embedding.values():
+        torch.testing.assert_close(embedding.norm(dim=1), torch.ones(len(embedding)))
+
+
+@pytest.mark.parametrize("pooling", ["cls", "mean"])
+def test_a_sample_does_not_depend_on_its_neighbours(pooling):
+    student = build(model__pooling={"image": pooling, "text": pooling})
+    batch = random_batch()
+    output = student(batch)
+    stops = batch.text_lengths.cumsum(0)
+    for i in range(4):
+        start = stops[i] - batch.text_lengths[i]
+        text = student.encode_text(batch.text_ids[start : stops[i]], batch.text_lengths[i : i + 1])
+        torch.testing.assert_close(text[0], output.embedding["text"][i], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(student.encode_image(batch.images), output.embedding["image"], rtol=1e-4, atol=1e-5)
+
+
+def test_mean_pooling_counts_real_tokens_only():
+    student = build(model__pooling={"text": "mean"}, model__final_norm=False)
+    batch = random_batch()
+    output = student(batch)
+    lengths = batch.text_lengths.tolist()
+    rows = output.tokens["text"].split(lengths)
+    torch.testing.assert_close(output.pooled["text"], torch.stack([r.mean(0) for r in rows]))
+
+
+def test_a_layer_of_one_modality_leaves_the_other_untouched():
+    both = build(model__layers=[{"kind": "separate", "modalities": ["text"]}])
+    none = build(model__layers=[])
+    batch = random_batch()
+    assert torch.equal(both(batch).tokens["image"], none(batch).tokens["image"])
+    assert not torch.equal(both(batch).tokens["text"], none(batch).tokens["text"])
+
+
+def test_same_seed_same_weights_whatever_was_drawn_before():
+    first = build().state_dict()
+    torch.rand(3)
+    second = build().state_dict()
+    assert all(torch.equal(first[k], second[k]) for k in first)
+    other = build(seed=1).state_dict()
+    assert not torch.equal(first["layers.0.attention.image.qkv.weight"], other["layers.0.attention.image.qkv.weight"])
+
+
+def test_freeze_wildcards():
+    student = build(model__freeze=["encoders.text.*", "layers.0.*"])
+    frozen = {name for name, p in student.named_parameters() if not p.requires_grad}
+    assert frozen and all(name.startswith(("encoders.text.", "layers.0.")) for name in frozen)
+    with pytest.raises(UserError, match=r"model.freeze: 'layer.0.\*' matches no parameter"):
+        build(model__freeze=["layer.0.*"])
+
+
+def test_patch_size_must_divide_the_image():
+    with pytest.raises(UserError, match="found 32, expected a multiple of patch_size 7"):
+        build(model__encoders__image={"kind": "patch", "patch_size": 7})
+
+
+def test_frozen_timm_backbone_stays_in_eval_mode_without_gradient(tmp_path):
+    weights = tmp_path / "w.safetensors"
+    save_file(timm.create_model("resnet10t").state_dict(), weights)
+    encoder = {"kind": "timm", "name": "resnet10t", "weights": str(weights), "frozen": True}
+    student = build(model__encoders__image=encoder, data__image__size=64).train()
+    before = {k: v.clone() for k, v in student.encoders["image"].backbone.state_dict().items()}
+    student(random_batch(size=64)).embedding["image"].sum().backward()
+    assert not student.encoders["image"].backbone.training
+    assert all(p.grad is None for p in student.encoders["image"].backbone.parameters())
+    assert student.encoders["image"].grid.bridge.weight.grad is not None
+    after = student.encoders["image"].backbone.state_dict()
+    assert all(torch.equal(before[k], after[k]) for k in before)
+
+
+@pytest.mark.parametrize(("feature", "tokens"), [(-1, 4), (2, 64), (3, 16)])
+def test_an_earlier_feature_map_gives_more_tokens(feature, tokens):
+    encoder = {"kind": "timm", "name": "resnet10t", "feature": feature}
+    student = build(model__encoders__image=encoder, data__image__size=64)
+    assert student.encoders["image"].lengths(random_batch(size=64)).tolist() == [tokens + 1] * 4
+
+
+def test_unknown_backbone_names_the_nearest():
+    with pytest.raises(UserError, match="unknown name 'resnt10t'. Did you mean 'resnet10t'"):
+        build(model__encoders__image={"kind": "timm", "name": "resnt10t"})
+
+
+def test_weights_of_another_architecture_are_refused(tmp_path):
+    weights = tmp_path / "w.safetensors"
+    save_file({"conv.weight": torch.zeros(3)}, weights)
+    with pytest.raises(UserError, match="is of another architecture"):
+        build(model__encoders__image={"kind": "timm", "name": "resnet10t", "weights": str(weights)})
+
+
+def test_parameter_roles():
+    student = build()
+    kept = {name for name, p in student.named_parameters() if no_decay(name, p)}
+    assert {"encoders.image.grid.cls_token", "encoders.image.grid.positions"} <= kept
+    assert {"encoders.text.embedding.weight", "encoders.text.positions.weight", "norm.weight"} <= kept
+    assert "layers.0.mlp.image.fc1.weight" not in kept and "encoders.image.proj.weight" not in kept
+    assert {part(name) for name, _ in student.named_parameters()} == {
+        "encoders.image",
+        "encoders.text",
+        "layers",
+        "norm",
+        "projection",
+    }
+
+
+def test_text_blocks_from_a_hugging_face_encoder_compute_the_same(shared):
+    from transformers import AutoModel, AutoTokenizer
+
+    folder = str(shared / "teachers" / "minilm_l6_v2")
+    student = build_student(
+        small_config(
+            model__width=384,
+            model__heads=12,
+            model__encoders={"text": {"kind": "hf", "name": folder}},
+            model__layers=[
+                {"kind": "separate", "count": 6, "norm": "post", "eps": 1e-12, "init": {"text": {"source": f"hf:{folder}"}}}
+            ],
+            objectives=[{"kind": "attributes", "modality": "text", "classes": 1}],
+            data__labels="x",
+        ),
+        StubTokenizer(),
+    ).eval()
+    texts = ["A dog runs.", "Two people sit on a bench in the park and talk."]
+    encoded = AutoTokenizer.from_pretrained(folder)(texts, padding=True, return_tensors="pt")
+    model = AutoModel.from_pretrained(folder, dtype=torch.float32).eval()
+    mask = encoded["attention_mask"].bool()
+    with torch.no_grad():
+        expected = model(**encoded).last_hidden_state[mask]
+        batch = random_batch()
+        batch = type(batch)(
+            batch.images, encoded["input_ids"][mask].int(), mask.sum(1).int(), torch.zeros(2, dtype=torch.int64)
+        )
+        found = student(batch, ("text",)).tokens.x_TD
+    torch.testing.assert_close(found, expected, rtol=0, atol=2e-5)
+
+
+def test_blocks_of_another_width_are_refused(shared):
+    folder = str(shared / "teachers" / "minilm_l6_v2")
+    with pytest.raises(UserError, match=r"layers.0.init.text.source: attention.norm.weight has shape \(384,\)"):
+        build(model__layers=[{"kind": "separate", "init": {"text": {"source": f"hf:{folder}"}}}])
+    with pytest.raises(UserError, match="owns no weights in this layer"):
+        build(model__layers=[{"kind": "shared", "init": {"text": {"source": f"hf:{folder}"}}}])
+    with pytest.raises(UserError, match="block 6 was asked for, the source has 6"):
+        build(
+            model__width=384,
+            model__heads=12,
+            model__layers=[{"kind": "separate", "init": {"text": {"source": f"hf:{folder}", "first": 6}}}],
+        )
+    with pytest.raises(UserError, match="unknown name 'hg'. Did you mean 'hf'"):
+        build(model__layers=[{"kind": "separate", "init": {"text": {"source": "hg:x"}}}])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sized
 from types import TracebackType
 from typing import Any, TextIO, TypeVar
 
@@ -107,7 +107,7 @@ class Progress:
 
 def track(items: Iterable[Item], what: str, total: int | None = None, *, unit: str = "items") -> Iterator[Item]:
     """Yield the items and show how many are done; ``total`` defaults to their length if they have one."""
-    if total is None and hasattr(items, "__len__"):
+    if total is None and isinstance(items, Sized):
         total = len(items)
     with Progress(what, total, unit=unit) as progress:
         for item in items:

@@ -18,23 +18,23 @@ _SHARDS_HELP = "A folder of .tar files, a path with {000..007} braces or wildcar
 class Pack:
     """Pack captioned images into WebDataset shards; everything is checked before anything is left behind."""
 
-    source: Positional[Path]
+    source: Annotated[Positional[Path], arg(metavar="SOURCE")]
     """Caption file (.json, .csv, .tsv), or a folder of images with a .txt of the same name beside each."""
     out: Path
     """Folder to create."""
-    images: Path | None = None
+    images: Annotated[Path | None, arg(metavar="DIR|TAR")] = None
     """Folder or uncompressed .tar of the images; by default the folder of SOURCE."""
     format: Literal["auto", "flickr", "coco", "karpathy", "csv", "folder"] = "auto"
     """Format of SOURCE; auto looks at the file."""
-    split: tuple[str, ...] = ()
+    split: Annotated[tuple[str, ...], arg(metavar="NAME ...")] = ()
     """Splits to take from a Karpathy file, for example: --split train restval."""
     shard_size: int = 1000
     """Samples a shard."""
-    resize: int | None = None
+    resize: Annotated[int | None, arg(metavar="PX")] = None
     """Shrink images whose shorter side is longer than this, in pixels."""
-    image_column: str | None = None
+    image_column: Annotated[str | None, arg(metavar="NAME")] = None
     """CSV column of image names; by default one of the usual names."""
-    caption_column: str | None = None
+    caption_column: Annotated[str | None, arg(metavar="NAME")] = None
     """CSV column of captions; by default one of the usual names."""
 
     def run(self) -> int:
@@ -63,7 +63,7 @@ class Synth:
     out: Path
     """Folder to create."""
     split: str = "train"
-    """train, or test: combinations of attributes that training never shows."""
+    """train; val: other scenes; test: combinations of attributes that training never shows."""
     count: int = 20_000
     """Scenes."""
     size: int = 64
@@ -96,7 +96,7 @@ class Synth:
 class Check:
     """Read and decode everything in some shards; exit status 1 when something is wrong."""
 
-    shards: Annotated[Positional[tuple[str, ...]], arg(help=_SHARDS_HELP)]
+    shards: Annotated[Positional[tuple[str, ...]], arg(metavar="SHARDS ...", help=_SHARDS_HELP)]
     show: int = 20
     """Problems to print."""
 
@@ -117,7 +117,7 @@ class Check:
 class Tokenizer:
     """Learn a vocabulary from the captions of some shards and write a Hugging Face tokenizer.json."""
 
-    shards: Annotated[Positional[tuple[str, ...]], arg(help=_SHARDS_HELP)]
+    shards: Annotated[Positional[tuple[str, ...]], arg(metavar="SHARDS ...", help=_SHARDS_HELP)]
     out: Path
     """File to create."""
     kind: Literal["wordlevel", "wordpiece", "bpe"] = "wordpiece"

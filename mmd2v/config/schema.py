@@ -92,6 +92,9 @@ class EncoderConfig(Section):
     )
     norm: bool = Field(False, description="LayerNorm on the encoder's tokens before they enter the layers")
     dropout: Fraction = Field(0.0, description="dropout probability on the tokens that enter the layers")
+    token_drop: Annotated[float, Field(ge=0.0, lt=1.0)] = Field(
+        0.0, description="fraction of an image's tokens left out at random in training (never the CLS); images only"
+    )
 
 
 class PatchEncoderConfig(EncoderConfig):
@@ -113,6 +116,7 @@ class TimmEncoderConfig(EncoderConfig):
     )
     kwargs: dict[str, Any] = Field(default_factory=dict, description="keyword arguments of timm.create_model")
     feature: int = Field(-1, description="which of the backbone's feature maps becomes the tokens; -1 is the last")
+    feature_norm: bool = Field(False, description="LayerNorm on the backbone's features before the bridge")
     mean: Triple | None = Field(None, description="channel means of this backbone; none: data.image.mean")
     std: Triple | None = Field(None, description="channel deviations of this backbone; none: data.image.std")
 
@@ -236,9 +240,6 @@ class TeacherConfig(Section):
     pooling: Literal["cls", "mean"] = Field(
         "cls", description="of a Hugging Face teacher: its first token or the mean over its real tokens"
     )
-    normalize: Literal["none", "layer_norm", "l2"] = Field(
-        "none", description="parameter-free normalisation of its CLS target over D"
-    )
 
 
 class ObjectiveConfig(Section):
@@ -251,7 +252,13 @@ class CLSRegressionConfig(ObjectiveConfig):
     """Regress the teacher's CLS from each modality's pooled output (the source's multimodal loss)."""
 
     kind: Literal["cls_regression"] = "cls_regression"
-    teacher: str = Field(description="key in `teachers`")
+    teacher: str = Field(
+        description="key in `teachers`, or `encoder:MODALITY`: the pooled feature of the student's own frozen timm "
+        "encoder, which then serves as teacher without a second forward pass"
+    )
+    normalize: Literal["none", "layer_norm", "l2"] = Field(
+        "none", description="parameter-free normalisation of the target over its channels"
+    )
     modalities: list[str] = Field(default_factory=lambda: ["image", "text"], description="who is regressed")
     head: Literal["none", "linear", "norm_linear", "mlp"] = Field(
         "norm_linear", description="map from the student's width to the teacher's; none needs equal widths"
@@ -381,16 +388,25 @@ class Config(Section):
                 if name not in modalities:
                     raise ValueError(f"{where}: '{name}' is no modality; model.encoders has {sorted(modalities)}")
         for i, objective in enumerate(self.objectives):
-            if isinstance(objective, CLSRegressionConfig) and objective.teacher not in self.teachers:
-                raise ValueError(
-                    f"objectives.{i}.teacher: '{objective.teacher}' is not among teachers {sorted(self.teachers)}"
-                )
+            if isinstance(objective, CLSRegressionConfig):
+                self._check_teacher(objective.teacher, f"objectives.{i}.teacher")
             if isinstance(objective, AttributesConfig) and self.data.labels is None:
                 raise ValueError(f"objectives.{i}: the attributes objective needs data.labels")
         needs_text = any(encoder.input == "text" for encoder in self.model.encoders.values())
         if needs_text and self.data.tokenizer is None:
             raise ValueError("data.tokenizer: missing, but model.encoders has a text modality")
         return self
+
+    def _check_teacher(self, name: str, where: str) -> None:
+        kind, _, modality = name.partition(":")
+        if kind != "encoder" and name not in self.teachers:
+            raise ValueError(f"{where}: '{name}' is not among teachers {sorted(self.teachers)}, nor encoder:MODALITY")
+        if kind == "encoder":
+            encoder = self.model.encoders.get(modality)
+            if not (isinstance(encoder, TimmEncoderConfig) and encoder.frozen and encoder.feature == -1):
+                raise ValueError(
+                    f"{where}: '{name}' needs a frozen timm encoder with feature -1 under model.encoders.{modality}"
+                )
 
     def _modality_references(self) -> list[tuple[str, list[str]]]:
         found = [(f"model.layers.{i}.modalities", layer.modalities or []) for i, layer in enumerate(self.model.layers)]

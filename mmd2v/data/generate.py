@@ -52,7 +52,7 @@ def generate(
 
     Args:
         out: folder to create.
-        split: ``train``, or ``test`` with attribute combinations never seen in training.
+        split: ``train``; ``val``: other scenes; ``test``: combinations of attributes never seen in training.
         count: scenes.
         size: side of the images, in pixels.
         seed: of the world.

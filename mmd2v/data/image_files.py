@@ -90,7 +90,10 @@ class TarImages(ImageFiles):
     def read(self, stored: str) -> bytes:
         """See `ImageFiles.read`."""
         offset, size = self._spans[stored]
-        data = os.pread(self._handle, size, offset)
+        try:
+            data = os.pread(self._handle, size, offset)
+        except OSError as error:
+            raise UserError(f"{self.root}: cannot be read at {stored}: {error.strerror}") from None
         if len(data) < size:
             raise UserError(f"{self.root}: the tar ends inside {stored}: incomplete copy?")
         return data

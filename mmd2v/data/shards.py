@@ -65,7 +65,7 @@ def _expand_item(item: str) -> list[str]:
         raise UserError(f"shards: found the address {item}, expected a local path")
     try:
         names = list(braceexpand.braceexpand(os.path.expanduser(item)))
-    except braceexpand.UnbalancedBracesError as error:
+    except ValueError as error:
         raise UserError(f"shards: unbalanced braces in {item!r}: {error}") from None
     paths: list[str] = []
     listing: dict[str, set[str]] = {}  # one listing a folder instead of a look-up a shard
@@ -177,10 +177,10 @@ class ShardIndex:
         end = 0
         try:
             with tarfile.open(path, "r:") as tar:
-                for member in tar:
+                while (member := tar.next()) is not None:
                     end = member.offset_data + -(-member.size // _BLOCK) * _BLOCK
                     # tarfile keeps every header it has seen; a shard may hold a hundred thousand.
-                    tar.members = []
+                    tar.members = []  # type: ignore[attr-defined]
                     key, column = _split_name(member.name)
                     if not member.isfile() or column is None:
                         continue

@@ -307,7 +307,7 @@ def _report(source: Iterator[Batch]) -> Iterator[Batch | _Failure]:
 
 def _labels(samples: Sequence[RawSample], key: str) -> torch.Tensor:
     """float32 [B, A] from each sample's JSON, or a UserError naming the sample whose labels are absent or odd."""
-    rows = []
+    rows: list[list[float]] = []
     for sample in samples:
         value = sample.meta.get(key)
         if not isinstance(value, list) or not all(isinstance(x, (int, float)) for x in value):

@@ -196,7 +196,8 @@ class FairseqGPT2Tokenizer(Tokenizer):
         try:
             vocabulary = json.loads(encoder.read_text(encoding="utf-8"))
             lines = merges.read_text(encoding="utf-8").splitlines()
-            pairs = [tuple(line.split(" ")) for line in lines if line and not line.startswith("#version")]
+            rules = [line.split(" ") for line in lines if line and not line.startswith("#version")]
+            pairs = [(left, right) for left, right in rules]
             self._backend = Backend(models.BPE(vocab=vocabulary, merges=pairs))
         except Exception as error:  # the library raises plain Exception
             raise UserError(f"data.tokenizer.path: {encoder} and {merges} are no GPT-2 encoder: {error}") from None
@@ -281,7 +282,7 @@ def train_tokenizer(captions: Iterable[str], kind: VocabularyKind, vocab_size: i
     smallest = len(specials) + (256 if kind == "bpe" else 1)
     if vocab_size < smallest:
         raise UserError(f"--vocab-size: found {vocab_size}, expected at least {smallest} for {kind}")
-    common = {"vocab_size": vocab_size, "special_tokens": specials, "show_progress": False}
+    common: dict[str, Any] = {"vocab_size": vocab_size, "special_tokens": specials, "show_progress": False}
     if kind == "wordlevel":
         backend = Backend(models.WordLevel(unk_token="[UNK]"))
         trainer: Any = trainers.WordLevelTrainer(**common)

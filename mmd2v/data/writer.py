@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -44,8 +45,12 @@ class ShardFolder:
         if kind is None:
             self._finish_shard()
             write_manifest(self.folder, self.written)
-        elif self._handle is not None:
-            self._handle.close()
+        elif self._tar is not None:
+            # The folder is about to be removed; only the tar's own buffers must not outlive the file.
+            with suppress(OSError):
+                self._tar.close()
+            with suppress(OSError):
+                self._handle.close()
 
     def write(self, sample_id: str, jpeg: bytes, meta: dict[str, Any]) -> None:
         """Append one sample; ``meta`` becomes its JSON, with ``id`` in front."""

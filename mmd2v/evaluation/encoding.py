@@ -43,9 +43,7 @@ class EncodedSet:
     """Images left out because their id had come before; their captions count for the first one."""
 
 
-def encode_set(
-    student: Encode, loader: Iterable[Batch], device: torch.device, *, image: str, text: str
-) -> EncodedSet:
+def encode_set(student: Encode, loader: Iterable[Batch], device: torch.device, *, image: str, text: str) -> EncodedSet:
     """Encode this rank's batches and gather those of all ranks, in rank order.
 
     Every rank must call it. Ranks run the same number of forward passes (one that has run out repeats its last batch

@@ -31,6 +31,8 @@ class StudentOutput:
     """[S, E], fp32, L2-normalised."""
     tokens: Packed | None = None
     """All rows after the last layer, before the final norm."""
+    features: dict[str, torch.Tensor] = field(default_factory=dict)
+    """[S, C], fp32, the pooled feature of each frozen backbone."""
 
 
 class Student(nn.Module):
@@ -59,22 +61,12 @@ class Student(nn.Module):
 
     def forward(self, batch: Batch, modalities: tuple[str, ...] | None = None) -> StudentOutput:
         """Encode the batch; ``modalities`` restricts it to some of them."""
-        tokens = self.encode_tokens(batch, modalities or tuple(self.encoders))
+        tokens, features = self._encode_tokens(batch, modalities or tuple(self.encoders))
         pooled = {name: self._pool(tokens, name) for name in tokens.layout.modalities}
         embedding = {
             name: F.normalize(self.projection(pooled_SD, name).float(), dim=-1) for name, pooled_SD in pooled.items()
         }
-        return StudentOutput(pooled=pooled, embedding=embedding, tokens=tokens)
-
-    def encode_tokens(self, batch: Batch, modalities: tuple[str, ...]) -> Packed:
-        """Return the rows of the chosen modalities after the last layer."""
-        device = batch.images.device
-        layout = Layout.build({name: self.encoders[name].lengths(batch) for name in modalities}, device)
-        parts = [self.encoders[name](batch) for name in modalities]
-        x_TD = parts[0] if len(parts) == 1 else torch.cat(parts)
-        for layer in self.layers:
-            x_TD = _through(layer, x_TD, layout)
-        return Packed(x_TD, layout)
+        return StudentOutput(pooled=pooled, embedding=embedding, tokens=tokens, features=features)
 
     def encode_image(self, images: torch.Tensor) -> torch.Tensor:
         """Return the embeddings [B, E] of uint8 images [B, 3, H, W]."""
@@ -87,6 +79,18 @@ class Student(nn.Module):
         images = torch.zeros(0, 3, 1, 1, dtype=torch.uint8, device=ids.device)
         batch = Batch(images, ids, lengths, torch.zeros(len(lengths), dtype=torch.int64, device=ids.device))
         return self._encode(batch, "text")
+
+    def _encode_tokens(self, batch: Batch, modalities: tuple[str, ...]) -> tuple[Packed, dict[str, torch.Tensor]]:
+        """Return the rows of the chosen modalities after the last layer, and their backbones' pooled features."""
+        device = batch.images.device
+        layout = Layout.build({name: self.encoders[name].lengths(batch) for name in modalities}, device)
+        encoded = {name: self.encoders[name](batch) for name in modalities}
+        parts = [one.rows for one in encoded.values()]
+        x_TD = parts[0] if len(parts) == 1 else torch.cat(parts)
+        for layer in self.layers:
+            x_TD = _through(layer, x_TD, layout)
+        features = {name: one.feature for name, one in encoded.items() if one.feature is not None}
+        return Packed(x_TD, layout), features
 
     def _encode(self, batch: Batch, kind: str) -> torch.Tensor:
         name = next(name for name, encoder_input in self.inputs.items() if encoder_input == kind)

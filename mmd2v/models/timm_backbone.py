@@ -69,6 +69,11 @@ def published_normalization(model: nn.Module) -> tuple[tuple[float, ...], tuple[
     return tuple(config["mean"]), tuple(config["std"])
 
 
+def pooled_width(model: nn.Module) -> int:
+    """Return the width of what timm would classify."""
+    return getattr(model, "head_hidden_size", model.num_features)
+
+
 @torch.no_grad()
 def output_grid(model: nn.Module, size: int, feature: int) -> tuple[int, tuple[int, int]]:
     """Return width and grid of :func:`feature_map` for square images of ``size`` pixels, found by one forward pass."""

@@ -27,8 +27,15 @@ class CLSRegression(Objective):
     ) -> None:
         super().__init__(config, student, teachers, where)
         self.config = config
-        width, target_width = student.config.width, teachers[config.teacher].width
-        self.teacher_modality = teachers[config.teacher].modality
+        kind, _, modality = config.teacher.partition(":")
+        self.own_encoder = modality if kind == "encoder" else None
+        width = student.config.width
+        if self.own_encoder:
+            target_width = student.encoders[modality].feature_width
+            self.teacher_modality = student.inputs[modality]
+        else:
+            target_width = teachers[config.teacher].width
+            self.teacher_modality = teachers[config.teacher].modality
         if config.head == "none" and width != target_width:
             raise UserError(
                 f"{where}.head: found none, but the student's width {width} is not the teacher's {target_width}; "
@@ -39,7 +46,7 @@ class CLSRegression(Objective):
 
     def forward(self, output: StudentOutput, targets: Mapping[str, Targets], batch: Batch) -> dict[str, torch.Tensor]:
         """Return ``cls_regression_loss/MODALITY``."""
-        target_BC = targets[self.config.teacher].cls_BD
+        target_BC = self._target(output, targets)
         losses = {}
         for modality in self.config.modalities:
             head = self.heads["shared" if self.config.shared_head else modality]
@@ -48,6 +55,12 @@ class CLSRegression(Objective):
                 *_align(prediction, target_BC, modality, self.teacher_modality, batch)
             )
         return losses
+
+    def _target(self, output: StudentOutput, targets: Mapping[str, Targets]) -> torch.Tensor:
+        target_BC = output.features[self.own_encoder] if self.own_encoder else targets[self.config.teacher].cls_BD
+        if self.config.normalize == "layer_norm":
+            return F.layer_norm(target_BC, target_BC.shape[-1:])
+        return F.normalize(target_BC, dim=-1) if self.config.normalize == "l2" else target_BC
 
     def _distance(self, prediction_NC: torch.Tensor, target_NC: torch.Tensor) -> torch.Tensor:
         if self.config.loss == "mse":

@@ -170,3 +170,23 @@ def test_blocks_of_another_width_are_refused(shared):
         )
     with pytest.raises(UserError, match="unknown name 'hg'. Did you mean 'hf'"):
         build(model__layers=[{"kind": "separate", "init": {"text": {"source": "hg:x"}}}])
+
+
+def test_token_drop_leaves_tokens_out_in_training_only():
+    student = build(model__encoders__image={"kind": "patch", "patch_size": 8, "token_drop": 0.5})
+    batch = random_batch()
+    assert student(batch).tokens["image"].shape[0] == 4 * 17
+    student.train()
+    first, second = student(batch), student(batch)
+    assert first.tokens["image"].shape[0] == 4 * 9
+    assert not torch.equal(first.pooled["image"], second.pooled["image"])
+
+
+def test_token_drop_keeps_each_tokens_own_position():
+    """With every token alike but for its position, what is left must be a subset of the rows of the full set."""
+    student = build(model__encoders__image={"kind": "patch", "patch_size": 8, "token_drop": 0.5}, model__layers=[])
+    batch = random_batch(images=1)
+    full = student(batch).tokens.x_TD[:17]
+    kept = student.train()(batch).tokens.x_TD[:9]
+    distance = torch.cdist(kept, full)
+    assert (distance.min(dim=1).values < 1e-5).all() and distance[0, 0] < 1e-5

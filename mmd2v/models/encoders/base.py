@@ -7,6 +7,7 @@ D the model's width.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -33,6 +34,15 @@ class EncoderContext:
     """False: build the modules only, because all weights are about to be loaded from a checkpoint."""
 
 
+class Encoded(NamedTuple):
+    """Output of a modality encoder."""
+
+    rows: torch.Tensor
+    """[R, D], what enters the layers."""
+    feature: torch.Tensor | None = None
+    """[S, C], the pooled feature of a frozen backbone; None where there is none."""
+
+
 class ModalityEncoder(nn.Module):
     """Base class. Subclasses implement :meth:`lengths` and :meth:`forward`."""
 
@@ -44,17 +54,19 @@ class ModalityEncoder(nn.Module):
         """Return int64 [S], tokens of each sequence of the batch, computed on the host."""
         raise NotImplementedError  # an abstract method
 
-    def forward(self, batch: Batch) -> torch.Tensor:
-        """Return the rows that enter the layers, [R, D]."""
+    def forward(self, batch: Batch) -> Encoded:
+        """Return the rows that enter the layers."""
         raise NotImplementedError  # an abstract method
 
 
 class FixedGrid(nn.Module):
-    """From P tokens of width C a sequence to rows of width D: bridge, positions, CLS, norm, dropout."""
+    """From P tokens of width C a sequence to rows of width D: bridge, positions, token drop, CLS, norm, dropout."""
 
     def __init__(self, config: EncoderConfig, own_width: int, grid: tuple[int, int], width: int) -> None:
         super().__init__()
         tokens = grid[0] * grid[1]
+        self.kept = max(1, round(tokens * (1 - config.token_drop)))
+        self.all = tokens
         self.bridge = nn.Linear(own_width, width) if own_width != width else nn.Identity()
         self.cls_token = nn.Parameter(torch.zeros(1, 1, width)) if config.cls else None
         self.positions: torch.Tensor | None
@@ -69,13 +81,33 @@ class FixedGrid(nn.Module):
             self.positions = None
         self.norm = nn.LayerNorm(width) if config.norm else nn.Identity()
         self.dropout = nn.Dropout(config.dropout)
-        self.tokens = tokens + int(config.cls)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of a sequence in the present mode, the CLS included."""
+        return (self.kept if self.training else self.all) + int(self.cls_token is not None)
 
     def forward(self, x_SPC: torch.Tensor) -> torch.Tensor:
         """Return [S · tokens, D]."""
-        x_SPD = self.bridge(x_SPC)
-        if self.cls_token is not None:
-            x_SPD = torch.cat([self.cls_token.expand(x_SPD.shape[0], -1, -1).to(x_SPD.dtype), x_SPD], dim=1)
+        sequences = x_SPC.shape[0]
+        cls_positions, grid_positions = None, None
         if self.positions is not None:
-            x_SPD = x_SPD + self.positions
+            positions_SPD = self.positions.expand(sequences, -1, -1)
+            if self.cls_token is not None:
+                cls_positions, grid_positions = positions_SPD[:, :1], positions_SPD[:, 1:]
+            else:
+                grid_positions = positions_SPD
+        if self.training and self.kept < self.all:
+            # Tokens are chosen before the bridge: what is left out costs nothing after this line.
+            chosen_SP = torch.rand(sequences, self.all, device=x_SPC.device).argsort(dim=1)[:, : self.kept]
+            x_SPC = torch.take_along_dim(x_SPC, chosen_SP[..., None], dim=1)
+            if grid_positions is not None:
+                grid_positions = torch.take_along_dim(grid_positions, chosen_SP[..., None], dim=1)
+        x_SPD = self.bridge(x_SPC)
+        if grid_positions is not None:
+            x_SPD = x_SPD + grid_positions
+        if self.cls_token is not None:
+            cls_S1D = self.cls_token.expand(sequences, -1, -1)
+            cls_S1D = cls_S1D if cls_positions is None else cls_S1D + cls_positions
+            x_SPD = torch.cat([cls_S1D.to(x_SPD.dtype), x_SPD], dim=1)
         return self.dropout(self.norm(x_SPD)).flatten(0, 1)

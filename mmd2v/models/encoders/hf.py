@@ -8,7 +8,7 @@ import torch
 from mmd2v.config.schema import HFTextEncoderConfig
 from mmd2v.data.batch import Batch
 from mmd2v.errors import UserError
-from mmd2v.models.encoders.base import EncoderContext, ModalityEncoder
+from mmd2v.models.encoders.base import Encoded, EncoderContext, ModalityEncoder
 from mmd2v.models.hf_backbone import load_model
 from mmd2v.models.packed import Layout
 
@@ -46,12 +46,12 @@ class HFTextEncoder(ModalityEncoder):
         """Return the tokens of every caption."""
         return batch.text_lengths.numpy().astype(np.int64)
 
-    def forward(self, batch: Batch) -> torch.Tensor:
+    def forward(self, batch: Batch) -> Encoded:
         """Return [S, D] for the packed ids [S]."""
         layout = Layout.build({"text": self.lengths(batch)}, batch.text_ids.device)
         positions = layout.position_of_row("text") + self.first_position
         x_1SC = self.embeddings(input_ids=batch.text_ids[None].long(), position_ids=positions[None])
-        return self.norm(self.bridge(x_1SC[0]))
+        return Encoded(self.norm(self.bridge(x_1SC[0])))
 
 
 def _offsets_positions(model: torch.nn.Module) -> bool:

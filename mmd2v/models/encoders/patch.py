@@ -9,7 +9,7 @@ from torch import nn
 from mmd2v.config.schema import PatchEncoderConfig
 from mmd2v.data.batch import Batch
 from mmd2v.errors import UserError
-from mmd2v.models.encoders.base import EncoderContext, FixedGrid, ModalityEncoder
+from mmd2v.models.encoders.base import Encoded, EncoderContext, FixedGrid, ModalityEncoder
 from mmd2v.models.images import Normalize
 
 
@@ -31,7 +31,7 @@ class PatchEncoder(ModalityEncoder):
         """Return the same number of tokens for every image."""
         return np.full(len(batch), self.grid.tokens)
 
-    def forward(self, batch: Batch) -> torch.Tensor:
+    def forward(self, batch: Batch) -> Encoded:
         """Return [B · tokens, D]."""
         x_BDhw = self.proj(self.normalize(batch.images, self.proj.weight.dtype))
-        return self.grid(x_BDhw.flatten(2).transpose(1, 2))
+        return Encoded(self.grid(x_BDhw.flatten(2).transpose(1, 2)))

@@ -6,12 +6,13 @@ import contextlib
 
 import numpy as np
 import torch
+from torch import nn
 
 from mmd2v.config.schema import TimmEncoderConfig
 from mmd2v.data.batch import Batch
-from mmd2v.models.encoders.base import EncoderContext, FixedGrid, ModalityEncoder
+from mmd2v.models.encoders.base import Encoded, EncoderContext, FixedGrid, ModalityEncoder
 from mmd2v.models.images import Normalize
-from mmd2v.models.timm_backbone import create_backbone, feature_map, output_grid
+from mmd2v.models.timm_backbone import create_backbone, feature_map, output_grid, pooled_width
 
 
 class TimmEncoder(ModalityEncoder):
@@ -32,6 +33,7 @@ class TimmEncoder(ModalityEncoder):
         if config.feature != -1:
             self.backbone.prune_intermediate_layers([config.feature], prune_norm=True, prune_head=True)
         own_width, grid = output_grid(self.backbone, context.image_size, config.feature)
+        self.feature_norm = nn.LayerNorm(own_width) if config.feature_norm else nn.Identity()
         self.grid = FixedGrid(config, own_width, grid, context.width)
         self.backbone.to(memory_format=torch.channels_last)
         if self.frozen:
@@ -48,9 +50,16 @@ class TimmEncoder(ModalityEncoder):
         """Return the same number of tokens for every image."""
         return np.full(len(batch), self.grid.tokens)
 
-    def forward(self, batch: Batch) -> torch.Tensor:
-        """Return [B · tokens, D]."""
+    @property
+    def feature_width(self) -> int:
+        """Width of the pooled feature of a frozen backbone."""
+        return pooled_width(self.backbone)
+
+    def forward(self, batch: Batch) -> Encoded:
+        """Return [B · tokens, D] and, of a whole frozen backbone, its pooled feature."""
         dtype = next(self.backbone.parameters()).dtype
         with torch.no_grad() if self.frozen else contextlib.nullcontext():
             map_BCHW = feature_map(self.backbone, self.normalize(batch.images, dtype), self.feature)
-        return self.grid(map_BCHW.flatten(2).transpose(1, 2))
+            whole = self.frozen and self.feature == -1 and map_BCHW.shape[1] == self.feature_width
+            pooled_BC = self.backbone.forward_head(map_BCHW, pre_logits=True).float() if whole else None
+        return Encoded(self.grid(self.feature_norm(map_BCHW.flatten(2).transpose(1, 2))), pooled_BC)

@@ -9,7 +9,7 @@ from torch import nn
 from mmd2v.config.schema import TokenEncoderConfig
 from mmd2v.data.batch import Batch
 from mmd2v.errors import UserError
-from mmd2v.models.encoders.base import EncoderContext, ModalityEncoder
+from mmd2v.models.encoders.base import Encoded, EncoderContext, ModalityEncoder
 from mmd2v.models.packed import Layout
 
 
@@ -33,10 +33,10 @@ class TokenEncoder(ModalityEncoder):
         """Return the tokens of every caption."""
         return batch.text_lengths.numpy().astype(np.int64)
 
-    def forward(self, batch: Batch) -> torch.Tensor:
+    def forward(self, batch: Batch) -> Encoded:
         """Return [S, D] for the packed ids [S]."""
         x_SD = self.embedding(batch.text_ids)
         if self.positions is not None:
             layout = Layout.build({"text": self.lengths(batch)}, batch.text_ids.device)
             x_SD = x_SD + self.positions(layout.position_of_row("text"))
-        return self.dropout(self.norm(x_SD))
+        return Encoded(self.dropout(self.norm(x_SD)))

@@ -5,10 +5,9 @@ Shapes: B samples, T tokens, D the teacher's width.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from mmd2v.config.schema import TeacherConfig
@@ -62,12 +61,7 @@ class Teacher(nn.Module):
         # A surrounding autocast must not change the precision that the config asks for.
         with torch.autocast(batch.images.device.type, enabled=False):
             targets = self.encode(batch)
-        cls_BD = targets.cls_BD.float()
-        if self.config.normalize == "layer_norm":
-            cls_BD = F.layer_norm(cls_BD, cls_BD.shape[-1:])
-        elif self.config.normalize == "l2":
-            cls_BD = F.normalize(cls_BD, dim=-1)
-        return Targets(cls_BD, targets.tokens_BTD, targets.layer_results)
+        return replace(targets, cls_BD=targets.cls_BD.float())
 
     def encode(self, batch: Batch) -> Targets:
         """Return the raw outputs in the teacher's precision."""

@@ -8,7 +8,7 @@ from mmd2v.config.schema import TeacherConfig
 from mmd2v.data.batch import Batch
 from mmd2v.models.images import Normalize
 from mmd2v.models.teachers.base import Targets, Teacher
-from mmd2v.models.timm_backbone import create_backbone, output_grid, published_normalization
+from mmd2v.models.timm_backbone import create_backbone, output_grid, pooled_width, published_normalization
 
 
 class TimmTeacher(Teacher):
@@ -25,9 +25,7 @@ class TimmTeacher(Teacher):
         )
         mean, std = published_normalization(self.model)
         self.normalize = Normalize(config.mean or mean, config.std or std, config.image_size)
-        self.width = self.model.num_features
-        if hasattr(self.model, "head_hidden_size"):
-            self.width = self.model.head_hidden_size
+        self.width = pooled_width(self.model)
         # A size the model cannot take is found here, not in the first step.
         output_grid(self.model, config.image_size or image_size, -1)
 

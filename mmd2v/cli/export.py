@@ -1,0 +1,32 @@
+"""`mmd2v export`: turn a run's checkpoint into a folder that `mmd2v.load` reads."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+from tyro.conf import Positional
+
+
+@dataclass(frozen=True)
+class Export:
+    """Turn a run's checkpoint into a self-contained folder: weights, config, tokenizer, model card."""
+
+    run: Positional[Path]
+    """Run directory (its newest checkpoint is taken) or one of its checkpoint folders."""
+    out: Path
+    """Folder to create."""
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run ``mmd2v export ARGV`` and return the exit status."""
+    command = tyro.cli(Export, args=list(argv), prog="mmd2v export", description=sys.modules[__name__].__doc__)
+    from mmd2v.export import export
+
+    out = export(command.run, command.out)
+    for file in sorted(path for path in out.rglob("*") if path.is_file()):
+        print(f"{file}  {file.stat().st_size:,} bytes")
+    return 0

@@ -1,0 +1,169 @@
+"""From a run's checkpoint to a self-contained folder that `mmd2v.load` opens.
+
+The folder holds ``model.safetensors`` (fp32), ``config.yaml`` (paths relative to the folder, none of the machine the
+run was on), ``tokenizer/``, ``encoders/NAME/config.json`` for each Hugging Face encoder, and ``README.md``.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from transformers import AutoConfig
+
+from mmd2v.config.load import dump_config, load_config
+from mmd2v.config.schema import Config, EncoderConfig
+from mmd2v.data.tokenizers import Tokenizer, load_tokenizer
+from mmd2v.errors import UserError, nearest
+from mmd2v.files import atomic_path, write_text
+from mmd2v.models.exported import CONFIG_FILE, WEIGHTS_FILE
+from mmd2v.models.student import Student, build_student
+from mmd2v.report.model_card import Training, model_card
+from mmd2v.train.checkpoint import MANIFEST, complete_checkpoints, read_manifest
+from mmd2v.train.consolidate import consolidate
+from mmd2v.train.metrics import METRICS_FILE, read_metrics
+
+_STUDENT = "student."
+_TOKENIZER_FOLDER = "tokenizer"
+_ENCODERS_FOLDER = "encoders"
+
+
+def export(source: str | Path, out: str | Path) -> Path:
+    """Write the export of a run (its newest checkpoint) or of one checkpoint folder to ``out``; return ``out``.
+
+    Raises UserError when ``source`` is neither, its weights do not fit its config, or ``out`` exists.
+    """
+    source, out = Path(source), Path(out)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"--out: {out} exists; name a new folder or remove it")
+    checkpoint = newest_checkpoint(source)
+    run = checkpoint.resolve().parent.parent
+    if not (run / CONFIG_FILE).is_file():
+        raise UserError(f"{checkpoint}: found no {run / CONFIG_FILE}; a checkpoint is exported from inside its run")
+    config = load_config(run / CONFIG_FILE)
+    state = consolidate(checkpoint)
+    tokenizer = None if config.data.tokenizer is None else load_tokenizer(config.data.tokenizer)
+    student = build_student(config, tokenizer, pretrained=False)
+    weights = {name.removeprefix(_STUDENT): value for name, value in state.items() if name.startswith(_STUDENT)}
+    load_weights(student, weights, str(checkpoint))
+    write_export(out, student, config, tokenizer, training_record(run, checkpoint))
+    return out
+
+
+def newest_checkpoint(source: Path) -> Path:
+    """Return the checkpoint folder that ``source`` is, or the newest complete one of the run it is.
+
+    Raises UserError when it is neither.
+    """
+    if not source.is_dir():
+        siblings = [entry.name for entry in source.parent.iterdir()] if source.parent.is_dir() else []
+        raise UserError(f"{source}: no such folder, expected a run or a checkpoint.{nearest(source.name, siblings)}")
+    if (source / MANIFEST).is_file():
+        return source
+    if (source / WEIGHTS_FILE).is_file():
+        raise UserError(f"{source}: this is an export already, expected a run or a checkpoint")
+    found = complete_checkpoints(source / "checkpoints")
+    if not found:
+        raise UserError(f"{source}: expected a run or a checkpoint, found no complete checkpoint in it")
+    return found[-1][1]
+
+
+def training_record(run: Path, checkpoint: Path) -> Training:
+    """Collect what the run says of the training that led to ``checkpoint``."""
+    manifest = read_manifest(checkpoint)
+    metrics: dict[str, float] = {}
+    # Numbers of another step are not this checkpoint's.
+    for row in read_metrics(run / METRICS_FILE) if (run / METRICS_FILE).is_file() else []:
+        recall = {key.rpartition("/")[2]: value for key, value in row.items()}
+        if row.get("step") == manifest.step and "i2t_R@1" in recall:
+            metrics = recall
+    return Training(step=manifest.step, samples=manifest.sample_index, metrics=metrics)
+
+
+def write_export(
+    out: str | Path, student: Student, config: Config, tokenizer: Tokenizer | None, training: Training | None = None
+) -> None:
+    """Write a student that is in memory, whole or not at all. ``training`` says in the model card where it is from."""
+    with atomic_path(out) as folder:
+        folder.mkdir()
+        weights = {name: value.detach().cpu().contiguous() for name, value in student.state_dict().items()}
+        weights = {name: value.float() if value.is_floating_point() else value for name, value in weights.items()}
+        portable = _portable_config(config, tokenizer, folder)
+        save_file(weights, folder / WEIGHTS_FILE, metadata={"format": "pt"})
+        write_text(folder / CONFIG_FILE, dump_config(portable))
+        write_text(folder / "README.md", model_card(portable, student, training or Training()))
+
+
+def load_weights(student: Student, weights: dict[str, torch.Tensor], where: str) -> None:
+    """Load ``weights`` strictly. Raises UserError, beginning with ``where``, that lists what differs."""
+    expected = student.state_dict()
+    missing, unexpected = sorted(expected.keys() - weights.keys()), sorted(weights.keys() - expected.keys())
+    shapes = [
+        f"{name}: {list(weights[name].shape)}, not {list(expected[name].shape)}"
+        for name in sorted(expected.keys() & weights.keys())
+        if weights[name].shape != expected[name].shape
+    ]
+    if missing or unexpected or shapes:
+        found = [
+            f"{len(names)} {what} ({', '.join(names[:3])}{', …' if len(names) > 3 else ''})"
+            for what, names in (("missing", missing), ("unexpected", unexpected), ("of another shape", shapes))
+            if names
+        ]
+        raise UserError(f"{where}: its weights are of another architecture than its config: {'; '.join(found)}")
+    student.load_state_dict(weights)
+
+
+def _portable_config(config: Config, tokenizer: Tokenizer | None, folder: Path) -> Config:
+    """Put the tokenizer and the encoders' configurations into ``folder`` and point the config there."""
+    data = config.data.model_copy(
+        update={
+            "train": config.data.train.model_copy(update={"shards": _data_name(config.data.train.shards)}),
+            "eval": config.data.eval
+            and config.data.eval.model_copy(update={"shards": _data_name(config.data.eval.shards)}),
+        }
+    )
+    if tokenizer is not None and data.tokenizer is not None:
+        (folder / _TOKENIZER_FOLDER).mkdir()
+        saved = tokenizer.save(folder / _TOKENIZER_FOLDER)
+        path = (Path(_TOKENIZER_FOLDER) / saved["path"]).as_posix()
+        data = data.model_copy(update={"tokenizer": data.tokenizer.model_copy(update={**saved, "path": path})})
+    encoders = {name: _portable_encoder(name, encoder, folder) for name, encoder in config.model.encoders.items()}
+    layers = [
+        layer.model_copy(
+            update={"init": {k: v.model_copy(update={"source": _public_name(v.source)}) for k, v in layer.init.items()}}
+        )
+        for layer in config.model.layers
+    ]
+    teachers = {
+        name: teacher.model_copy(update={"name": _public_name(teacher.name)})
+        for name, teacher in config.teachers.items()
+    }
+    model = config.model.model_copy(update={"encoders": encoders, "layers": layers})
+    return config.model_copy(update={"run_dir": config.name, "data": data, "model": model, "teachers": teachers})
+
+
+def _portable_encoder(name: str, encoder: EncoderConfig, folder: Path) -> EncoderConfig:
+    if encoder.kind == "hf":
+        relative = Path(_ENCODERS_FOLDER) / name
+        AutoConfig.from_pretrained(encoder.name).save_pretrained(folder / relative)
+        return encoder.model_copy(update={"name": relative.as_posix()})
+    if encoder.kind == "timm":
+        return encoder.model_copy(update={"weights": None})
+    return encoder
+
+
+def _data_name(shards: str | list[str]) -> str | list[str]:
+    """Keep of each path what names the data: its last two parts."""
+    if isinstance(shards, list):
+        return [str(_data_name(item)) for item in shards]
+    return "/".join(part for part in Path(shards).parts[-2:] if part != "/")
+
+
+def _public_name(name: str) -> str:
+    """Keep of ``timm:NAME@PATH`` or ``hf:PATH`` what names the model: a hub name whole, of a path its last part."""
+    kind, colon, rest = name.partition(":")
+    model, at, weights = rest.partition("@")
+    if Path(model).exists() or Path(model).is_absolute():
+        model = Path(model).name
+    return f"{kind}{colon}{model}{at}{Path(weights).name}"

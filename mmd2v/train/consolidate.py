@@ -1,0 +1,76 @@
+"""One fp32 state dict from a DeepSpeed checkpoint of any ZeRO stage and number of ranks."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import pickle
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from mmd2v.errors import UserError
+from mmd2v.train.checkpoint import _deepspeed_classes as deepspeed_classes
+
+
+def consolidate(checkpoint: str | Path) -> dict[str, torch.Tensor]:
+    """Return every parameter and saved buffer of the train module in a checkpoint folder, on the CPU.
+
+    Floating point is fp32: the optimiser's master weights where ZeRO keeps them apart. Works on the files alone,
+    whatever the machine has of devices and ranks. The files are read as tensors and plain values: no code in them runs.
+    Raises UserError for a folder without or with an incomplete set of DeepSpeed's files.
+    """
+    folder = _engine_folder(Path(checkpoint))
+    # Which accelerator DeepSpeed picks must not depend on the machine that happens to do the conversion.
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    try:
+        with torch.serialization.safe_globals(deepspeed_classes()), _weights_only():
+            if any(folder.glob("*_optim_states.pt")):
+                state = _from_zero(folder)
+            else:
+                state = torch.load(folder / "mp_rank_00_model_states.pt", map_location="cpu")["module"]
+    except (OSError, ValueError, KeyError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        first_line = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"{checkpoint}: the checkpoint is incomplete or damaged: {first_line}") from error
+    # Clones: ZeRO's tensors are views of whole partitions, which safetensors refuses to write.
+    return {
+        name: (value.float() if value.is_floating_point() else value).clone(memory_format=torch.contiguous_format)
+        for name, value in state.items()
+    }
+
+
+def _from_zero(folder: Path) -> dict[str, torch.Tensor]:
+    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+
+    with _without_output():
+        return get_fp32_state_dict_from_zero_checkpoint(str(folder.parent), tag=folder.name)
+
+
+def _engine_folder(checkpoint: Path) -> Path:
+    """Return the one folder at or below ``checkpoint`` that holds DeepSpeed's files."""
+    folders = sorted({file.parent for file in checkpoint.rglob("*_model_states.pt")})
+    if len(folders) != 1:
+        raise UserError(f"{checkpoint}: expected one folder of DeepSpeed model states in it, found {len(folders)}")
+    return folders[0]
+
+
+@contextlib.contextmanager
+def _weights_only() -> Iterator[None]:
+    """Make every torch.load read tensors and allowed classes only: DeepSpeed's converter asks for full pickles."""
+    name = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
+    before = os.environ.get(name)
+    os.environ[name] = "1"
+    try:
+        yield
+    finally:
+        os.environ.pop(name)
+        if before is not None:
+            os.environ[name] = before
+
+
+@contextlib.contextmanager
+def _without_output() -> Iterator[None]:
+    """Hold back the lines and the bar that DeepSpeed prints for its own command line."""
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
+        yield

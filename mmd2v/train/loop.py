@@ -1,0 +1,204 @@
+"""The training loop. There is one, for every stage of every run; what differs is in the config."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from mmd2v.config.batch_plan import BatchPlan, plan_batches, total_steps
+from mmd2v.config.schema import Config
+from mmd2v.data.batch import Batch
+from mmd2v.data.stream import dataset_size, train_loader
+from mmd2v.distributed import environment
+from mmd2v.distributed.coordination import from_main_rank
+from mmd2v.distributed.environment import World
+from mmd2v.errors import UserError
+from mmd2v.train.checkpoint import Checkpointer, describe, disk_message, find_checkpoint, load_checkpoint
+from mmd2v.train.engine import Engine
+from mmd2v.train.evaluation import check_evaluation, evaluate, recall_line
+from mmd2v.train.metrics import METRICS_FILE, LossMeter, Reporter, Stopwatch, memory_gigabytes
+from mmd2v.train.parts import Parts, build_parts
+from mmd2v.train.run_dir import describe_run
+from mmd2v.train.schedule import Schedule, build_schedule
+
+
+def train(config: Config, resume: str | None = None) -> None:
+    """Train a run from its config.
+
+    ``resume`` is None (a new run), ``"auto"`` (the newest checkpoint of ``run_dir``, or a new run) or the path of a
+    checkpoint. Every rank of a launcher calls this. Raises UserError for bad input and for a full disk.
+    """
+    world = environment.initialize(config.engine.device)
+    run = Run(config, world, resume)
+    try:
+        run.train()
+    except KeyboardInterrupt:
+        if world.is_main:
+            print(run.farewell(), file=sys.stderr)
+        raise
+    except OSError as error:
+        if error.filename is None and error.errno is None:
+            raise
+        raise UserError(f"{error.filename or config.run_dir}: {disk_message(error)}") from error
+    finally:
+        run.reporter.close()
+    environment.shutdown()
+
+
+class Run:
+    """One run on this rank: what it is built of, where it stands, and the loop."""
+
+    def __init__(self, config: Config, world: World, resume: str | None) -> None:
+        self.config, self.world = config, world
+        self.run_dir = Path(config.run_dir)
+        # What is wrong with a config should come out before anything is loaded or written.
+        self.plan: BatchPlan = plan_batches(config, world.size)
+        self.dataset_size: int = from_main_rank(lambda: dataset_size(config.data.train))
+        self.steps = total_steps(config, self.plan, self.dataset_size)
+        self.schedule: Schedule = build_schedule(config.optimizer, self.steps)
+        start: Path | None = from_main_rank(lambda: find_checkpoint(self.run_dir, resume))
+
+        self.parts: Parts = build_parts(config, world)
+        check_evaluation(config, self.parts.student)
+        self.engine: Engine = self.parts.engine(config, world)
+        self.step = 0
+        if start is not None:
+            expected = describe(self.engine, config, world, 0)
+            self.step = load_checkpoint(self.engine, start, expected).step
+        self.first_step = self.step
+
+        self.checkpointer = Checkpointer(self.run_dir, config.checkpoint.keep, world)
+        if world.is_main:
+            describe_run(self.run_dir, config, world, self.engine.description)
+        self.reporter = Reporter(self.run_dir, world, self.steps, self.step, config.logging.tensorboard)
+        self.meter, self.stopwatch = LossMeter(), Stopwatch()
+        self._working = 0.0
+        self._announce(start)
+
+    def train(self) -> None:
+        """Run from the present step to the last."""
+        config, every = self.config, self.config.logging.every
+        batches = iter(self._loader())
+        self.engine.module.train()
+
+        # Before the first step: recall of the untrained model, if asked for.
+        if config.evaluation.at_start and self.step == 0:
+            self._evaluate()
+
+        self.stopwatch.reset()
+        while self.step < self.steps:
+            self._train_step(batches)
+            self.step += 1
+            self.reporter.progress(self.step)
+            last = self.step == self.steps
+
+            # Once an interval: the only place where the host waits for the device.
+            if self.step % every == 0 or last:
+                self._report()
+
+            # Once in a while: recall on the held-out set. The last one comes after the last checkpoint.
+            if config.evaluation.every and self.step % config.evaluation.every == 0 and not last:
+                self._evaluate()
+
+            # Once in a while and at the end: a checkpoint.
+            if last or (config.checkpoint.every and self.step % config.checkpoint.every == 0):
+                self._save()
+
+        if self.first_step < self.steps:
+            self._evaluate()
+        self.reporter.say(f"finished: step {self.step} of {self.steps}, run in {self.run_dir}")
+
+    def farewell(self) -> str:
+        """What a person who pressed Ctrl-C should know."""
+        newest = self.checkpointer.newest
+        kept = f"the last checkpoint is {newest}; continue with --resume auto" if newest else "there is no checkpoint"
+        return f"interrupted after step {self.step} of {self.steps}; {kept}"
+
+    def _train_step(self, batches: Iterator[Batch]) -> None:
+        self.engine.set_learning_rate(self.schedule, self.step)
+        for micro_step in range(self.plan.accumulation):
+            asked = time.perf_counter()
+            batch = next(batches)
+            self.stopwatch.waited(time.perf_counter() - asked)
+            batch = batch.to(self.world.device)
+
+            # A function of the position alone: a resumed run draws the same dropout without any stored state.
+            torch.manual_seed(position_seed(self.config.seed, self.step, micro_step, self.world.rank))
+            targets = {name: teacher(batch) for name, teacher in self.parts.teachers.items()}
+            losses = self.engine.forward(batch, targets)
+            self.engine.backward(losses["loss"])
+            self.engine.step()
+            self.meter.add(losses)
+
+    def _loader(self):
+        return train_loader(
+            self.config.data,
+            seed=self.config.seed,
+            tokenizer=self.parts.tokenizer,
+            rank=self.world.rank,
+            world_size=self.world.size,
+            micro_batch_size=self.plan.micro_batch,
+            accumulation=self.plan.accumulation,
+            start_index=self.step * self.plan.global_batch,
+        )
+
+    def _report(self) -> None:
+        losses = self.meter.read(self.step)
+        seconds = self.stopwatch.working
+        interval = self.step - max(self.first_step, (self.step - 1) // self.config.logging.every * self.config.logging.every)
+        self._working += seconds
+        per_step = self._working / (self.step - self.first_step)
+        values = {name if name == "loss" else f"loss/{name}": value for name, value in losses.items()}
+        values |= self.engine.followed()
+        values |= {
+            "learning_rate": self.engine.learning_rate,
+            "epoch": self.step * self.plan.global_batch / self.dataset_size,
+            "throughput(samples/s)": interval * self.plan.global_batch / seconds,
+            "time/step(s)": seconds / interval,
+            "time/data(%)": 100 * self.stopwatch.waiting / seconds,
+            "time/eta(s)": per_step * (self.steps - self.step),
+            "memory(GB)": memory_gigabytes(self.world.device),
+        }
+        self.reporter.record(self.step, values)
+        self.reporter.training_line(self.step, values)
+        self.meter.reset()
+        self.stopwatch.reset()
+
+    def _evaluate(self) -> None:
+        if self.config.data.eval is None:
+            return
+        with self._pause():
+            metrics = evaluate(self.config, self.parts, self.world)
+        self.reporter.record(self.step, {f"evaluation/{name}": value for name, value in metrics.items()})
+        self.reporter.say(f"step {self.step}/{self.steps}  recall  {recall_line(metrics)}")
+
+    def _save(self) -> None:
+        with self._pause():
+            self.meter.read(self.step)  # raises before weights that are not finite replace good ones
+            self.checkpointer.save(self.engine, describe(self.engine, self.config, self.world, self.step))
+
+    @contextmanager
+    def _pause(self) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self.stopwatch.paused(time.perf_counter() - start)
+
+    def _announce(self, start: Path | None) -> None:
+        device = f"{self.world.device.type}, {self.config.engine.precision}, ZeRO-{self.config.engine.zero_stage}"
+        self.reporter.say(f"run {self.config.name} on {device}: {self.plan}, {self.steps} steps")
+        self.reporter.say(f"optimiser: {self.engine.description}")
+        if start is not None:
+            self.reporter.say(f"continuing from {start} at step {self.step}")
+        self.reporter.say(f"metrics: {self.run_dir / METRICS_FILE}")
+
+
+def position_seed(seed: int, step: int, micro_step: int, rank: int) -> int:
+    """Return 63 well-mixed bits for a place in a run."""
+    mixed = np.random.SeedSequence([seed, step, micro_step, rank]).generate_state(1, np.uint64)
+    return int(mixed[0]) >> 1

@@ -1,0 +1,201 @@
+"""What a run says about itself: lines or a progress bar, ``metrics.jsonl`` and TensorBoard, units in the names.
+
+Nothing here waits for the device between two reports: loss terms are summed where they are.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+
+from mmd2v.distributed.collectives import gather_objects, mean_over_ranks
+from mmd2v.distributed.environment import World
+from mmd2v.errors import UserError
+from mmd2v.files import write_text
+from mmd2v.progress import duration
+
+METRICS_FILE = "metrics.jsonl"
+
+
+class LossMeter:
+    """Sums loss terms on the device; reading them is the only synchronisation."""
+
+    def __init__(self) -> None:
+        self._sum: torch.Tensor | None = None
+        self._names: tuple[str, ...] = ()
+        self._count = 0
+
+    def add(self, losses: Mapping[str, torch.Tensor]) -> None:
+        """Add the terms of one micro-batch."""
+        self._names = tuple(losses)
+        values = torch.stack([term.detach().float() for term in losses.values()])
+        self._sum = values if self._sum is None else self._sum + values
+        self._count += 1
+
+    def read(self, step: int) -> dict[str, float]:
+        """Return each term's mean over micro-batches and ranks since the last reset, on every rank.
+
+        Raises UserError naming the ranks on which a term is not finite.
+        """
+        if self._sum is None:
+            return {}
+        own = self._sum / self._count
+        means = dict(zip(self._names, mean_over_ranks(own).tolist(), strict=True))
+        bad = [name for name, value in means.items() if not math.isfinite(value)]
+        if bad:
+            ranks = [rank for rank, finite in enumerate(gather_objects(bool(own.isfinite().all()))) if not finite]
+            raise UserError(
+                f"step {step}: {', '.join(bad)} became {means[bad[0]]} on rank(s) {', '.join(map(str, ranks))}; try a "
+                f"lower optimizer.lr, a longer optimizer.warmup or optimizer.clip_norm"
+            )
+        return means
+
+    def reset(self) -> None:
+        """Start a new interval."""
+        self._sum, self._count = None, 0
+
+
+class Stopwatch:
+    """Host seconds of the interval since the last report: all, waiting for data, and pauses that count as neither."""
+
+    def __init__(self) -> None:
+        self.reset()
+
+    def reset(self) -> None:
+        """Start a new interval."""
+        self._start = time.perf_counter()
+        self.waiting = 0.0
+        self._pauses = 0.0
+
+    def waited(self, seconds: float) -> None:
+        """Add time spent in the loader."""
+        self.waiting += seconds
+
+    def paused(self, seconds: float) -> None:
+        """Take an evaluation or a checkpoint out of the interval."""
+        self._pauses += seconds
+
+    @property
+    def working(self) -> float:
+        """Seconds of the interval without pauses."""
+        return time.perf_counter() - self._start - self._pauses
+
+
+def memory_gigabytes(device: torch.device) -> float:
+    """Peak memory of this rank: the allocator's on CUDA, the process's own on the CPU (now, not peak). GB = 1e9 B."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    return psutil.Process().memory_info().rss / 1e9
+
+
+class Reporter:
+    """Rank 0's voice; the other ranks hold one that is silent."""
+
+    def __init__(self, run_dir: Path, world: World, steps: int, first_step: int, tensorboard: bool) -> None:
+        self._speaks = world.is_main
+        self._steps = steps
+        self._bar: Any = None
+        self._task: Any = None
+        self._file: Any = None
+        self._writer: Any = None
+        if not self._speaks:
+            return
+        run_dir.mkdir(parents=True, exist_ok=True)
+        path = run_dir / METRICS_FILE
+        forget_after(path, first_step)
+        self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 - lives as long as the run
+        if tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._writer = SummaryWriter(str(run_dir / "tensorboard"), purge_step=first_step + 1)
+        if sys.stdout.isatty():
+            self._start_bar(first_step)
+
+    def _start_bar(self, first_step: int) -> None:
+        from rich.progress import BarColumn, Progress, TextColumn
+
+        self._bar = Progress(BarColumn(bar_width=20), TextColumn("{task.description}"), redirect_stdout=True)
+        self._bar.start()
+        self._task = self._bar.add_task(f"step {first_step}/{self._steps}", total=self._steps, completed=first_step)
+
+    def progress(self, step: int) -> None:
+        """Move the bar."""
+        if self._bar is not None:
+            self._bar.update(self._task, completed=step)
+
+    def record(self, step: int, values: Mapping[str, float]) -> None:
+        """Write one line of ``metrics.jsonl`` and the TensorBoard scalars."""
+        if not self._speaks:
+            return
+        self._file.write(json.dumps({"step": step, **values}) + "\n")
+        self._file.flush()
+        if self._writer is not None:
+            for name, value in values.items():
+                self._writer.add_scalar(name, value, step)
+
+    def say(self, text: str) -> None:
+        """Print a line."""
+        if not self._speaks:
+            return
+        if self._bar is not None:
+            self._bar.console.print(text, markup=False, highlight=False)
+        else:
+            print(text, flush=True)
+
+    def training_line(self, step: int, values: Mapping[str, float]) -> None:
+        """Print the line of one interval: on a terminal it becomes the bar's text as well."""
+        losses = "  ".join(f"{short_name(name)} {value:.4f}" for name, value in values.items() if is_loss(name))
+        text = (
+            f"step {step}/{self._steps}  {losses}  lr {values['learning_rate']:.2e}  "
+            f"{values['throughput(samples/s)']:.1f} samples/s  data {values['time/data(%)']:.0f}%  "
+            f"{values['memory(GB)']:.2f} GB  ETA {duration(values['time/eta(s)'])}"
+        )
+        if self._bar is not None:
+            eta = duration(values["time/eta(s)"])
+            self._bar.update(self._task, completed=step, description=f"step {step}/{self._steps}  ETA {eta}")
+        self.say(text)
+
+    def close(self) -> None:
+        """Finish the bar and the files."""
+        if self._bar is not None:
+            self._bar.stop()
+        if self._writer is not None:
+            self._writer.close()
+        if self._file is not None:
+            self._file.close()
+
+
+def is_loss(name: str) -> bool:
+    """Whether a metric is the sum of the loss or one of its terms."""
+    return name == "loss" or name.startswith("loss/")
+
+
+def short_name(name: str) -> str:
+    """Drop the words a line does not need: ``loss/cls_regression_loss/image`` → ``cls_regression/image``."""
+    return name.removeprefix("loss/").replace("_loss", "")
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """Read ``metrics.jsonl``; a last line that a killed run left unfinished is skipped."""
+    records = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            records.append(json.loads(line))
+        except ValueError:
+            continue
+    return records
+
+
+def forget_after(path: Path, step: int) -> None:
+    """Remove the records after ``step``: a resumed run writes them anew."""
+    if path.exists():
+        kept = [record for record in read_metrics(path) if record["step"] <= step]
+        write_text(path, "".join(json.dumps(record) + "\n" for record in kept))

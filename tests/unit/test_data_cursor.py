@@ -1,0 +1,114 @@
+import tracemalloc
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mmd2v.data.cursor import Cursor, micro_batches
+from mmd2v.data.draws import name_hash, permutation, uniforms, words
+from mmd2v.errors import UserError
+
+counts = st.lists(st.integers(0, 9), min_size=1, max_size=12).filter(lambda c: sum(c) > 0)
+
+
+@given(counts, st.integers(0, 2**70), st.integers(1, 15), st.integers(0, 3))
+def test_every_sample_exactly_once_an_epoch(counts, seed, window, epoch):
+    cursor = Cursor(np.array(counts), seed=seed, window=window)
+    places = [cursor[index] for index in range(epoch * cursor.total, (epoch + 1) * cursor.total)]
+    assert {place.epoch for place in places} == {epoch}
+    expected = [(shard, row) for shard, count in enumerate(counts) for row in range(count)]
+    assert sorted((place.shard, place.row) for place in places) == expected
+
+
+@given(counts, st.integers(0, 99), st.integers(1, 4))
+def test_random_access_equals_reading_on(counts, seed, window):
+    cursor = Cursor(np.array(counts), seed=seed, window=window)
+    along = [cursor[index] for index in range(3 * cursor.total)]
+    for index in np.random.default_rng(seed).permutation(3 * cursor.total)[:40].tolist():
+        assert Cursor(np.array(counts), seed=seed, window=window)[index] == along[index]
+        assert cursor[index] == along[index]
+
+
+@given(st.integers(1, 4), st.integers(1, 3), st.integers(1, 3), st.integers(0, 50))
+def test_ranks_share_the_stream_without_gap_or_overlap(world, micro, accumulation, step):
+    size = world * micro * accumulation
+    seen = []
+    for rank in range(world):
+        share = micro_batches(start_index=step * size, rank=rank, world_size=world, micro_batch_size=micro)
+        for _ in range(accumulation):
+            seen += next(share)
+    assert sorted(seen) == list(range(step * size, (step + 1) * size))
+
+
+@settings(max_examples=50)
+@given(st.sampled_from([(1, 12, 1), (2, 6, 1), (4, 3, 1), (2, 3, 2), (3, 2, 2), (1, 1, 12)]), st.integers(0, 20))
+def test_a_step_has_the_same_samples_for_any_world_size(layout, step):
+    world, micro, accumulation = layout
+    cursor = Cursor(np.array([5, 0, 9, 3]), seed=1, window=2)
+    reference = [cursor[index] for index in range(step * 12, (step + 1) * 12)]
+    seen = []
+    for rank in range(world):
+        share = micro_batches(start_index=step * 12, rank=rank, world_size=world, micro_batch_size=micro)
+        for _ in range(accumulation):
+            seen += [cursor[index] for index in next(share)]
+    assert sorted(seen) == sorted(reference)
+
+
+@given(st.integers(1, 5))
+def test_workers_share_the_batches_in_turn(workers):
+    common = {"start_index": 6, "rank": 1, "world_size": 2, "micro_batch_size": 3}
+    alone = micro_batches(**common)
+    shares = [micro_batches(**common, first=worker, stride=workers) for worker in range(workers)]
+    for place in range(20):
+        assert next(shares[place % workers]) == next(alone)
+
+
+def test_epochs_and_seeds_differ():
+    cursor = Cursor(np.full(20, 10), seed=0, window=4)
+    orders = [[cursor[e * 200 + i][1:] for i in range(200)] for e in range(3)]
+    other = [Cursor(np.full(20, 10), seed=1, window=4)[i][1:] for i in range(200)]
+    assert len({tuple(order) for order in [*orders, other]}) == 4
+
+
+def test_samples_mix_across_the_shards_of_a_window():
+    cursor = Cursor(np.full(8, 1000), seed=0, window=4)
+    first = [cursor[index].shard for index in range(400)]
+    shares = np.bincount(first, minlength=8)
+    assert (shares > 0).sum() == 4
+    assert shares[shares > 0].min() > 60
+
+
+def test_memory_is_that_of_a_window():
+    counts_S = np.full(100_000, 10_000)
+    tracemalloc.start()
+    cursor = Cursor(counts_S, seed=3, window=16)
+    for index in range(10**9 - 5, 10**9 + 200_000, 9973):
+        cursor[index]
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    # 10^9 samples; a window has 160,000 and needs some arrays of them.
+    assert peak < 20 * 2**20
+
+
+def test_no_sample_is_an_error():
+    with pytest.raises(UserError, match="no sample"):
+        Cursor(np.array([0, 0]), seed=0, window=2)
+
+
+def test_random_words_never_change():
+    # The order of every running training depends on these: they may not differ between versions or machines.
+    assert name_hash("order of shards") == name_hash("order of shards") != name_hash("order", " of shards")
+    assert words(3, seed=7, purpose=name_hash("x"), a=1, b=2).tolist() == WORDS
+    assert permutation(8, seed=7, purpose=name_hash("x")).tolist() == ORDER
+
+
+WORDS = [5875697738770431454, 1393857462394300731, 2391419842844819754]
+ORDER = [7, 6, 5, 1, 3, 4, 2, 0]
+
+
+@given(st.integers(0, 2**64), st.text(max_size=5))
+def test_uniforms_are_in_the_half_open_interval(seed, name):
+    values = uniforms(100, seed=seed, purpose=name_hash(name))
+    assert values.min() >= 0 and values.max() < 1
+    assert 0.3 < values.mean() < 0.7

@@ -1,0 +1,134 @@
+"""Objectives: which rows meet which targets, heads, weights, and the student's own encoder as a teacher."""
+
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+from pydantic import ValidationError
+from safetensors.torch import save_file
+from small import StubTokenizer, random_batch, small_config
+
+from mmd2v.errors import UserError
+from mmd2v.models.student import build_student
+from mmd2v.models.teachers import Targets, build_teachers
+from mmd2v.objectives import build_objectives
+from mmd2v.train.module import TrainModule
+
+
+class StubTeacher:
+    def __init__(self, width: int, modality: str) -> None:
+        self.width, self.modality = width, modality
+
+
+def build(objectives, teacher=None, **changes):
+    config = small_config(
+        objectives=objectives, teachers={"t": {"name": "timm:resnet10t"}} if teacher else {}, **changes
+    )
+    student = build_student(config, StubTokenizer()).eval()
+    return student, build_objectives(config, student, {"t": teacher} if teacher else {})
+
+
+@pytest.mark.parametrize("modality", ["image", "text"])
+def test_each_row_is_compared_with_its_own_samples_target(modality):
+    term = {"kind": "cls_regression", "teacher": "t", "head": "none"}
+    student, objectives = build([term], StubTeacher(16, modality))
+    batch = random_batch(captions=3)
+    output = student(batch)
+    target = torch.randn(4 if modality == "image" else 12, 16)
+    losses = objectives(output, {"t": Targets(target)}, batch)
+    image, text = output.pooled["image"], output.pooled["text"]
+    if modality == "image":
+        expected = F.mse_loss(image, target), F.mse_loss(text, target.repeat_interleave(3, 0))
+    else:
+        expected = F.mse_loss(image.repeat_interleave(3, 0), target), F.mse_loss(text, target)
+    torch.testing.assert_close(losses["cls_regression_loss/image"], expected[0])
+    torch.testing.assert_close(losses["cls_regression_loss/text"], expected[1])
+    torch.testing.assert_close(losses["loss"], sum(expected))
+
+
+@pytest.mark.parametrize(("normalize", "function"), [("l2", F.normalize), ("layer_norm", lambda x: F.layer_norm(x, (16,)))])
+@pytest.mark.parametrize("loss", ["mse", "smooth_l1", "cosine"])
+def test_normalised_targets_and_distances(normalize, function, loss):
+    term = {"kind": "cls_regression", "teacher": "t", "head": "none", "modalities": ["image"]}
+    student, objectives = build([{**term, "normalize": normalize, "loss": loss}], StubTeacher(16, "image"))
+    batch, raw = random_batch(), torch.randn(4, 16) * 3
+    output = student(batch)
+    prediction, target = output.pooled["image"], function(raw)
+    expected = {
+        "mse": F.mse_loss(prediction, target),
+        "smooth_l1": F.smooth_l1_loss(prediction, target),
+        "cosine": 1 - F.cosine_similarity(prediction, target).mean(),
+    }[loss]
+    torch.testing.assert_close(objectives(output, {"t": Targets(raw)}, batch)["loss"], expected)
+
+
+def test_weights_and_names_of_equal_terms():
+    term = {"kind": "cls_regression", "teacher": "t", "modalities": ["text"]}
+    student, objectives = build([{**term, "weight": 0.5}, {**term, "weight": 2.0}], StubTeacher(7, "image"))
+    losses = objectives(student(random_batch()), {"t": Targets(torch.randn(4, 7))}, random_batch())
+    first, second = losses["cls_regression_loss/text"], losses["cls_regression_loss/text_2"]
+    torch.testing.assert_close(losses["loss"], 0.5 * first + 2 * second)
+
+
+def test_widths_that_differ_need_a_head():
+    with pytest.raises(UserError, match="width 16 is not the teacher's 7; expected linear, norm_linear or mlp"):
+        build([{"kind": "cls_regression", "teacher": "t", "head": "none"}], StubTeacher(7, "image"))
+
+
+def test_temperature_is_clamped_and_reported():
+    student, objectives = build([{"kind": "contrastive", "temperature": 0.05}])
+    term = objectives.terms[0]
+    assert objectives.metrics()["contrastive_scale"].item() == pytest.approx(20)
+    with torch.no_grad():
+        term.log_scale.fill_(9.0)
+    assert term.scale().item() == pytest.approx(100)
+    with torch.no_grad():
+        term.log_scale.fill_(-3.0)
+    assert term.scale().item() == pytest.approx(1)
+
+
+def test_contrastive_needs_two_modalities():
+    with pytest.raises(UserError, match="contrastive needs an image and a text modality"):
+        build([{"kind": "contrastive"}], model__encoders={"image": {"kind": "patch", "patch_size": 8}})
+
+
+def test_attributes_are_classified():
+    student, objectives = build([{"kind": "attributes", "classes": 5}], data__labels="attributes")
+    batch = random_batch()
+    with pytest.raises(UserError, match=r"objectives.0.classes: samples carry none labels, expected 5"):
+        objectives(student(batch), {}, batch)
+    labels = torch.randint(0, 2, (4, 5)).float()
+    batch = type(batch)(batch.images, batch.text_ids, batch.text_lengths, batch.caption_image, (), labels)
+    output = student(batch)
+    logits = objectives.terms[0].head(output.pooled["image"])
+    expected = F.binary_cross_entropy_with_logits(logits, labels, reduction="none").sum(1).mean()
+    torch.testing.assert_close(objectives(output, {}, batch)["attributes_loss"], expected)
+
+
+def test_the_frozen_encoder_is_the_teacher_without_a_second_pass(tmp_path):
+    weights = tmp_path / "w.safetensors"
+    save_file(timm.create_model("resnet10t").state_dict(), weights)
+    encoder = {"kind": "timm", "name": "resnet10t", "weights": str(weights), "frozen": True}
+    names = {"own": "encoder:image", "outside": "t"}
+    config = small_config(
+        data__image__size=64,
+        model__encoders__image=encoder,
+        teachers={"t": {"name": f"timm:resnet10t@{weights}", "precision": "fp32"}},
+        objectives=[{"kind": "cls_regression", "teacher": name} for name in names.values()],
+    )
+    student = build_student(config, StubTokenizer()).eval()
+    teachers = build_teachers(config, torch.device("cpu"))
+    module = TrainModule(student, build_objectives(config, student, teachers), autocast=False)
+    module.objectives.terms[1].load_state_dict(module.objectives.terms[0].state_dict())
+    batch = random_batch(size=64)
+    losses = module(batch, {name: teacher(batch) for name, teacher in teachers.items()})
+    for modality in ("image", "text"):
+        own, outside = (losses[f"cls_regression_loss/{modality}{suffix}"] for suffix in ("", "_2"))
+        torch.testing.assert_close(own, outside)
+
+
+def test_an_encoder_that_is_not_frozen_is_no_teacher():
+    with pytest.raises(ValidationError, match="needs a frozen timm encoder"):
+        small_config(objectives=[{"kind": "cls_regression", "teacher": "encoder:image"}])
+    with pytest.raises(ValidationError, match="is not among teachers"):
+        small_config(objectives=[{"kind": "cls_regression", "teacher": "nobody"}])

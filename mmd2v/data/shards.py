@@ -191,9 +191,15 @@ class ShardIndex:
         except (tarfile.TarError, EOFError) as error:
             last = f" after sample {keys[-1]}" if keys else ""
             raise UserError(f"{path}: not a readable, uncompressed tar{last}: {error}") from None
-        if size < end + _BLOCK or size == 0:
-            last = f" after sample {keys[-1]}" if keys else ""
+        # tarfile takes a damaged header for the end of the archive; the true end is a block of zeros.
+        last = f" after sample {keys[-1]}" if keys else ""
+        with open(path, "rb") as handle:
+            handle.seek(end)
+            block = handle.read(_BLOCK)
+        if len(block) < _BLOCK:
             raise UserError(f"{path}: the tar ends early{last} (no end-of-archive mark): incomplete copy?")
+        if any(block):
+            raise UserError(f"{path}: the tar is damaged{last}: found no header at byte {end:,}")
         return cls(path, keys, np.array(spans, np.int64).reshape(len(keys), 3, 2), size)
 
     def write(self) -> None:

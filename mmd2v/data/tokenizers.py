@@ -25,6 +25,7 @@ VocabularyKind = Literal["wordlevel", "wordpiece", "bpe"]
 
 _CLS_NAMES = ("[CLS]", "<s>", "<cls>", "<|startoftext|>", "<start_of_text>", "[BOS]", "<bos>")
 _END_NAMES = ("[SEP]", "</s>", "<sep>", "<|endoftext|>", "<end_of_text>", "[EOS]", "<eos>")
+_SPECIALS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]  # of the tokenizers trained here, ids 0 to 4
 _PAD_NAMES = ("[PAD]", "<pad>", "<|padding|>", "<|pad|>")
 
 
@@ -262,10 +263,10 @@ def check_ids(ids: np.ndarray, vocab_size: int, name: str) -> None:
 
 
 def train_tokenizer(captions: Iterable[str], kind: VocabularyKind, vocab_size: int) -> Any:
-    """Learn a lower-case vocabulary from captions.
+    """Learn a lower-case vocabulary from captions; the same captions give the same file.
 
     Args:
-        captions: the text.
+        captions: the text; wordpiece keeps it in memory, as it goes through it twice.
         kind: wordlevel: whole words; wordpiece: BERT's pieces; bpe: byte pairs, which know no unknown word.
         vocab_size: most entries, special tokens included.
 
@@ -273,33 +274,14 @@ def train_tokenizer(captions: Iterable[str], kind: VocabularyKind, vocab_size: i
         A ``tokenizers.Tokenizer`` whose template puts ``[CLS]`` in front and ``[SEP]`` behind.
 
     Raises:
-        UserError: fewer entries than special tokens, or no caption.
+        UserError: fewer entries than the special tokens and single characters need, or no caption.
     """
+    from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, processors, trainers
     from tokenizers import Tokenizer as Backend
-    from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
-    specials = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
-    smallest = len(specials) + (256 if kind == "bpe" else 1)
+    smallest = len(_SPECIALS) + (256 if kind == "bpe" else 1)
     if vocab_size < smallest:
         raise UserError(f"--vocab-size: found {vocab_size}, expected at least {smallest} for {kind}")
-    common: dict[str, Any] = {"vocab_size": vocab_size, "special_tokens": specials, "show_progress": False}
-    if kind == "wordlevel":
-        backend = Backend(models.WordLevel(unk_token="[UNK]"))
-        trainer: Any = trainers.WordLevelTrainer(**common)
-    elif kind == "wordpiece":
-        backend = Backend(models.WordPiece(unk_token="[UNK]"))
-        backend.decoder = decoders.WordPiece()
-        trainer = trainers.WordPieceTrainer(**common)
-    else:
-        backend = Backend(models.BPE())
-        backend.decoder = decoders.ByteLevel()
-        trainer = trainers.BpeTrainer(initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), **common)
-    if kind == "bpe":
-        backend.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase()])
-        backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
-    else:
-        backend.normalizer = normalizers.BertNormalizer(lowercase=True)
-        backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     seen = 0
 
     def counted() -> Iterable[str]:
@@ -308,12 +290,61 @@ def train_tokenizer(captions: Iterable[str], kind: VocabularyKind, vocab_size: i
             seen += 1
             yield caption
 
-    backend.train_from_iterator(counted(), trainer)
+    if kind == "bpe":
+        backend = Backend(models.BPE())
+        spaces = Regex(r"\s+")
+        backend.normalizer = normalizers.Sequence(
+            [normalizers.NFKC(), normalizers.Lowercase(), normalizers.Replace(spaces, " "), normalizers.Strip()]
+        )
+        backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+        backend.decoder = decoders.ByteLevel()
+        alphabet = pre_tokenizers.ByteLevel.alphabet()
+        trainer: Any = trainers.BpeTrainer(
+            vocab_size=vocab_size, special_tokens=_SPECIALS, initial_alphabet=alphabet, show_progress=False
+        )
+        backend.train_from_iterator(counted(), trainer)
+    else:
+        backend = Backend(models.WordLevel(unk_token="[UNK]") if kind == "wordlevel" else models.WordPiece())
+        backend.normalizer = normalizers.BertNormalizer(lowercase=True)
+        backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+        if kind == "wordlevel":
+            trainer = trainers.WordLevelTrainer(vocab_size=vocab_size, special_tokens=_SPECIALS, show_progress=False)
+            backend.train_from_iterator(counted(), trainer)
+        else:
+            captions = list(counted())
+            backend.model = models.WordPiece(
+                _train_wordpiece(backend, captions, vocab_size), unk_token="[UNK]", max_input_chars_per_word=100
+            )
+            backend.decoder = decoders.WordPiece()
+            backend.add_special_tokens(_SPECIALS)
     if seen == 0:
         raise UserError("tokenizer: found no caption to learn from")
     pair = [(name, backend.token_to_id(name)) for name in ("[CLS]", "[SEP]")]
     backend.post_processor = processors.TemplateProcessing(single="[CLS] $A [SEP]", special_tokens=pair)
     return backend
+
+
+def _train_wordpiece(backend: Any, captions: Sequence[str], vocab_size: int) -> dict[str, int]:
+    """Learn WordPiece entries.
+
+    The library numbers the continuing characters (``##a``) in the order of a randomly seeded hash table, and ties
+    between merges follow those numbers. Handing them over as special tokens, sorted, makes the result repeatable.
+    """
+    from tokenizers import trainers
+
+    characters = set().union(*(backend.normalizer.normalize_str(caption) for caption in captions))
+    continuing = [f"##{character}" for character in sorted(characters) if not character.isspace()]
+    smallest = len(_SPECIALS) + 2 * len(continuing)
+    if vocab_size < smallest:
+        raise UserError(
+            f"--vocab-size: found {vocab_size}, expected at least {smallest}: "
+            f"the captions have {len(continuing)} different characters"
+        )
+    trainer = trainers.WordPieceTrainer(
+        vocab_size=vocab_size, special_tokens=[*_SPECIALS, *continuing], show_progress=False
+    )
+    backend.train_from_iterator(captions, trainer)
+    return backend.get_vocab(with_added_tokens=True)
 
 
 def _find_file(path: Path, name: str) -> Path:

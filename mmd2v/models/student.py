@@ -85,12 +85,13 @@ class Student(nn.Module):
         device = batch.images.device
         layout = Layout.build({name: self.encoders[name].lengths(batch) for name in modalities}, device)
         encoded = {name: self.encoders[name](batch) for name in modalities}
-        parts = [one.rows for one in encoded.values()]
-        x_TD = parts[0] if len(parts) == 1 else torch.cat(parts)
+        rows = _Rows({name: one.rows for name, one in encoded.items()})
         for layer in self.layers:
-            x_TD = _through(layer, x_TD, layout)
+            inner = layout.select(layer.modalities)
+            if inner.modalities:
+                rows.put(inner, layer(rows.take(inner), inner))
         features = {name: one.feature for name, one in encoded.items() if one.feature is not None}
-        return Packed(x_TD, layout), features
+        return Packed(rows.take(layout), layout), features
 
     def _encode(self, batch: Batch, kind: str) -> torch.Tensor:
         name = next(name for name, encoder_input in self.inputs.items() if encoder_input == kind)
@@ -134,19 +135,28 @@ def _projection(config: ProjectionConfig, width: int) -> nn.Module:
     )
 
 
-def _through(layer: nn.Module, x_TD: torch.Tensor, layout: Layout) -> torch.Tensor:
-    """Pass the rows of the layer's modalities through it; the others keep their values."""
-    assert isinstance(layer, Layer)
-    inner = layout.select(layer.modalities)
-    if inner is layout:
-        return layer(x_TD, layout)
-    if not inner.modalities:
-        return x_TD
-    parts = {name: x_TD[rows] for name, rows in layout.rows.items()}
-    chosen = [parts[name] for name in inner.modalities]
-    y_RD = layer(chosen[0] if len(chosen) == 1 else torch.cat(chosen), inner)
-    parts.update({name: y_RD[rows] for name, rows in inner.rows.items()})
-    return torch.cat(list(parts.values()))
+class _Rows:
+    """Rows of each modality between layers, joined only where a layer needs several and kept joined while it can.
+
+    A modality that passes through frozen layers alone stays out of the others' gradient graph in this way: joined to
+    trainable rows, its frozen layers would be differentiated for nothing.
+    """
+
+    def __init__(self, parts: dict[str, torch.Tensor]) -> None:
+        self._parts = parts
+        self._joint: tuple[tuple[str, ...], torch.Tensor] | None = None
+
+    def take(self, layout: Layout) -> torch.Tensor:
+        """Return the rows of the layout's modalities, [T, D]."""
+        if self._joint is not None and self._joint[0] == layout.modalities:
+            return self._joint[1]
+        parts = [self._parts[name] for name in layout.modalities]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def put(self, layout: Layout, x_TD: torch.Tensor) -> None:
+        """Replace the rows of the layout's modalities."""
+        self._joint = (layout.modalities, x_TD)
+        self._parts.update({name: x_TD[rows] for name, rows in layout.rows.items()})
 
 
 def build_student(config: Config, tokenizer: Tokenizer | None, pretrained: bool = True) -> Student:

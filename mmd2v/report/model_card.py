@@ -63,7 +63,7 @@ def _use(config: Config) -> str:
 def _architecture(config: Config, student: nn.Module) -> str:
     model, image = config.model, config.data.image
     lines = [f"- Width {model.width}, {model.heads} attention heads"]
-    lines += [f"- {name}: {_encoder(encoder)}" for name, encoder in model.encoders.items()]
+    lines += [f"- Modality `{name}`: {_encoder(encoder)}" for name, encoder in model.encoders.items()]
     lines += [f"- {group.count} × {_layer(group)}" for group in model.layers]
     pooling = ", ".join(f"{name}: {model.pooling.get(name, 'cls')}" for name in model.encoders)
     lines.append(f"- Pooling {pooling}; projection {model.projection.kind} to {_width(config)}")
@@ -90,7 +90,7 @@ def _encoder(encoder: EncoderConfig) -> str:
         "tokens": lambda _: "token embeddings",
         "hf": lambda _: "the embedding module of a Hugging Face encoder",
     }[encoder.kind](encoder)
-    return f"{encoder.input}, {what}{', frozen in training' if encoder.frozen else ''}"
+    return what + (", frozen in training" if encoder.frozen else "")
 
 
 def _layer(group: LayerConfig) -> str:

@@ -305,7 +305,9 @@ def load_checkpoint(engine: Engine, path: Path, expected: Manifest) -> Manifest:
     engine.deepspeed.checkpoint_engine = _storage()
     try:
         with quiet():
-            loaded, _ = engine.deepspeed.load_checkpoint(str(path.parent), tag=path.name, load_lr_scheduler_states=False)
+            loaded, _ = engine.deepspeed.load_checkpoint(
+                str(path.parent), tag=path.name, load_lr_scheduler_states=False
+            )
     except (OSError, RuntimeError, ValueError, KeyError, EOFError, AssertionError, pickle.UnpicklingError) as error:
         raise UserError(f"{path}: the checkpoint is damaged: {str(error).splitlines()[0]}") from error
     if loaded is None:
@@ -345,7 +347,9 @@ def _differences(at: str, found: Any, expected: Any) -> list[str]:
     return [] if found == expected else [f"{at}: checkpoint {_short(found)}, this run {_short(expected)}"]
 
 
-def _parameter_differences(found: Mapping[str, list[Any]], expected: Mapping[str, list[Any]], limit: int = 5) -> list[str]:
+def _parameter_differences(
+    found: Mapping[str, list[Any]], expected: Mapping[str, list[Any]], limit: int = 5
+) -> list[str]:
     lines = []
     for name in [*found, *(name for name in expected if name not in found)]:
         if found.get(name) != expected.get(name):

@@ -35,6 +35,8 @@ class Engine:
     optimizer_name: str
     description: str
     """One line: which optimiser was chosen, and why."""
+    learning_rate: float = 0.0
+    """Of the present step, without a group's multiplier."""
 
     @property
     def module(self) -> nn.Module:
@@ -53,38 +55,53 @@ class Engine:
         """Finish a micro-batch; the last one of a step clips and updates the parameters."""
         self.deepspeed.step()
 
-    def set_learning_rate(self, schedule: Schedule, step: int) -> float:
-        """Set every group's settings for optimiser step ``step`` and return the learning rate without multiplier.
+    def set_learning_rate(self, schedule: Schedule, step: int) -> None:
+        """Set every group's settings for optimiser step ``step``.
 
         All of them are written each time, not the rate alone, so that a resumed run follows its config and not the
         values inside the checkpoint.
         """
         settings = self.config.optimizer
-        rate = settings.lr * schedule.factor(step)
+        self.learning_rate = settings.lr * schedule.factor(step)
         for own, group in zip(self.groups, self.deepspeed.optimizer.param_groups, strict=True):
-            group["lr"] = rate * own.lr_multiplier
+            group["lr"] = self.learning_rate * own.lr_multiplier
             group["weight_decay"] = own.weight_decay
             group["betas"] = settings.betas
             group["eps"] = settings.eps
-        return rate
 
-    def gradient_norm(self) -> float | None:
-        """Return the global gradient norm before clipping of the last step, when DeepSpeed computed one."""
+    def followed(self) -> dict[str, float]:
+        """Return what is worth following beside the losses: the objectives' own numbers and the gradient norm.
+
+        Waits for the device, and under ZeRO-3 for the other ranks: every rank must call it.
+        """
+        objectives = self.module.objectives
+        with self.gathered([p for p in objectives.parameters() if len(getattr(p, "ds_shape", p.shape)) <= 1]):
+            values = {name: float(value) for name, value in objectives.metrics().items()}
         norm = self.deepspeed.get_global_grad_norm()
-        return None if norm is None else float(norm)
+        # At ZeRO-0 in fp32 DeepSpeed clips without keeping the norm.
+        return values if norm is None else {**values, "gradient_norm": float(norm)}
+
+    def gathered(self, parameters: list[nn.Parameter]) -> contextlib.AbstractContextManager[Any]:
+        """Make parameters that ZeRO-3 has sharded whole on every rank for a while."""
+        if self.config.engine.zero_stage < 3:
+            return contextlib.nullcontext()
+        from deepspeed.zero import GatheredParameters
+
+        return GatheredParameters(parameters)
 
 
 def build_engine(config: Config, world: World, module: nn.Module) -> Engine:
     """Hand the train module and its optimiser to DeepSpeed. Raises UserError when this machine cannot run them."""
     _check_precision(config, world)
     groups = parameter_groups(config.optimizer, module.named_parameters())
+    _without_shared_memory_collectives()
     module.to(world.device)
     optimizer, description = build_optimizer(config, groups, world.device)
     with quiet():
         import deepspeed
 
         engine, *_ = deepspeed.initialize(
-            model=module, optimizer=optimizer, config=deepspeed_config(config, world.size), dist_init_required=None
+            model=module, optimizer=optimizer, config=deepspeed_config(config, world.size)
         )
     return Engine(engine, groups, config, type(optimizer).__name__, description)
 
@@ -95,6 +112,13 @@ def _check_precision(config: Config, world: World) -> None:
         raise UserError("engine.precision: 'fp16' needs CUDA; on the CPU use 'bf16_autocast', 'bf16' or 'fp32'")
     if precision.startswith("bf16") and world.device.type == "cuda" and not torch.cuda.is_bf16_supported():
         raise UserError(f"engine.precision: this GPU has no bfloat16, which '{precision}' needs; use 'fp16' or 'fp32'")
+
+
+def _without_shared_memory_collectives() -> None:
+    """Keep DeepSpeed from compiling its own CPU all-reduce, minutes of C++ at a first start; gloo has one."""
+    import deepspeed
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
 @contextlib.contextmanager

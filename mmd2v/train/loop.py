@@ -78,7 +78,7 @@ class Run:
             describe_run(self.run_dir, config, world, self.engine.description)
         self.reporter = Reporter(self.run_dir, world, self.steps, self.step, config.logging.tensorboard)
         self.meter, self.stopwatch = LossMeter(), Stopwatch()
-        self._working = 0.0
+        self._working, self._reported = 0.0, self.step
         self._announce(start)
 
     def train(self) -> None:
@@ -110,8 +110,7 @@ class Run:
             if last or (config.checkpoint.every and self.step % config.checkpoint.every == 0):
                 self._save()
 
-        if self.first_step < self.steps:
-            self._evaluate()
+        self._evaluate()
         self.reporter.say(f"finished: step {self.step} of {self.steps}, run in {self.run_dir}")
 
     def farewell(self) -> str:
@@ -151,7 +150,7 @@ class Run:
     def _report(self) -> None:
         losses = self.meter.read(self.step)
         seconds = self.stopwatch.working
-        interval = self.step - max(self.first_step, (self.step - 1) // self.config.logging.every * self.config.logging.every)
+        interval = self.step - self._reported
         self._working += seconds
         per_step = self._working / (self.step - self.first_step)
         values = {name if name == "loss" else f"loss/{name}": value for name, value in losses.items()}
@@ -167,6 +166,7 @@ class Run:
         }
         self.reporter.record(self.step, values)
         self.reporter.training_line(self.step, values)
+        self._reported = self.step
         self.meter.reset()
         self.stopwatch.reset()
 

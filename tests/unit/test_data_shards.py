@@ -123,7 +123,7 @@ def test_more_bad_specifications(shards, tmp_path):
 
 def test_foreign_shards(tmp_path):
     """Members as other tools write them: a folder in the name, .txt captions, .json beside it, capital letters."""
-    image, two = encoded(0), "first caption\n\nsecond\n".encode()
+    image, two = encoded(0), b"first caption\n\nsecond\n"
     members = [
         ("./a/one.JPEG", image),
         ("./a/one.txt", two),
@@ -166,7 +166,7 @@ def test_bad_samples_name_shard_and_sample(tmp_path, members, message):
 
 def test_damaged_tars(shards):
     path = str(shards / "shard-000001.tar")
-    data = open(path, "rb").read()
+    data = (shards / "shard-000001.tar").read_bytes()
     ends = ShardIndex.open(path).spans[7]
 
     def damaged(content, scan=False):
@@ -178,11 +178,11 @@ def test_damaged_tars(shards):
         return str(caught.value)
 
     assert "incomplete or was replaced" in damaged(data[: len(data) // 2])
-    assert "unexpected end of data" in damaged(data[: len(data) // 2], scan=True)
+    assert "ends early after sample sample-001" in damaged(data[: len(data) // 2], scan=True)
     assert "ends early" in damaged(data[: int(-(-ends.sum(axis=1).max() // 512) * 512)], scan=True)
-    assert "ends early" in damaged(b"", scan=True) or True
+    assert path in damaged(b"", scan=True)
     assert "not a readable" in damaged(b"junk" * 1000, scan=True)
-    assert "not a readable" in damaged(data[:512] + b"\x01" * (len(data) - 512), scan=True)
+    assert "no header at byte" in damaged(data[:512] + b"\x01" * (len(data) - 512), scan=True)
 
 
 def test_index_of_another_shard(shards):
@@ -190,7 +190,7 @@ def test_index_of_another_shard(shards):
     for content in ("[]", '{"version": 2}', '{"version": 1, "bytes": 1}', "nonsense"):
         with open(path + INDEX_SUFFIX, "w") as handle:
             handle.write(content)
-        with pytest.raises(UserError, match="idx.json"):
+        with pytest.raises(UserError, match="idx\\.json"):
             ShardIndex.open(path)
 
 
@@ -198,7 +198,7 @@ def test_manifest_that_promises_too_much(shards):
     record = json.loads((shards / "shards.json").read_text())
     record["shards"]["shard-000002.tar"][0] = 8
     write_json(shards / "shards.json", record)
-    with pytest.raises(UserError, match=r"shard-000002.tar: found 5 samples, expected 8"):
+    with pytest.raises(UserError, match=r"shard-000002\.tar: found 5 samples, expected 8"):
         ShardSet(str(shards)).read(2, 0)
     write_json(shards / "shards.json", {"version": 1, "shards": 3})
     with pytest.raises(UserError, match="not a shard manifest"):

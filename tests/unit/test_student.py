@@ -190,3 +190,15 @@ def test_token_drop_keeps_each_tokens_own_position():
     kept = student.train()(batch).tokens.x_TD[:9]
     distance = torch.cdist(kept, full)
     assert (distance.min(dim=1).values < 1e-5).all() and distance[0, 0] < 1e-5
+
+
+def test_frozen_text_layers_are_not_differentiated():
+    student = build(
+        model__encoders__text={"kind": "tokens", "frozen": True},
+        model__layers=[{"kind": "separate", "modalities": ["text"]}, {"kind": "shared"}],
+        model__freeze=["layers.0.*"],
+    )
+    seen = []
+    student.layers[0].register_forward_hook(lambda module, inputs, output: seen.append(output.requires_grad))
+    output = student(random_batch())
+    assert seen == [False] and output.pooled["text"].requires_grad

@@ -1,0 +1,81 @@
+"""`mmd2v train CONFIG.yaml [--dry-run] [--resume auto|PATH] [--any.config.key VALUE …]`."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Annotated
+
+import tyro
+
+from mmd2v.cli.main import INTERRUPT_STATUS, USER_ERROR_STATUS
+from mmd2v.config.load import load_config, split_overrides
+from mmd2v.errors import UserError
+
+_OWN_FLAGS = {"--dry-run": False, "--resume": True, "--help": False, "--local-rank": True}
+"""Flags of the command itself → whether a value follows. Everything else overrides a key of the config."""
+
+_MORE = """Any key of the config can be set as --a.b VALUE, list items as --model.layers.0.count 3.
+Runs alone, or under a launcher: deepspeed --num_accelerators 2 --module mmd2v train CONFIG.yaml"""
+
+
+@dataclass
+class Arguments:
+    """Train a student from a config."""
+
+    config: Annotated[str, tyro.conf.Positional]
+    """YAML file that describes the run."""
+    dry_run: bool = False
+    """Print config, parameter counts, batch arithmetic and memory, run one mock step, and touch no file."""
+    resume: str | None = None
+    """`auto`: continue from the newest checkpoint of run_dir, if any; or the path of a checkpoint or run."""
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run the command; return the exit status."""
+    own, overrides = split_overrides(argv, _OWN_FLAGS)
+    arguments = tyro.cli(
+        Arguments, prog="mmd2v train", description=f"{Arguments.__doc__}\n\n{_MORE}", args=_without_local_rank(own)
+    )
+    try:
+        config = load_config(arguments.config, overrides)
+        if arguments.dry_run:
+            from mmd2v.train.dry_run import dry_run
+
+            dry_run(config)
+        else:
+            from mmd2v.train.loop import train
+
+            train(config, arguments.resume)
+    except UserError as error:
+        return _report(error)
+    except KeyboardInterrupt:
+        return INTERRUPT_STATUS
+    return 0
+
+
+def _report(error: UserError) -> int:
+    """Print an error once: a rank other than 0 speaks only of what it alone has seen."""
+    from mmd2v.distributed.coordination import ReportedByMainRank
+
+    rank = os.environ.get("RANK", "0")
+    if not isinstance(error, ReportedByMainRank):
+        print(f"error: {error}" if rank == "0" else f"error (rank {rank}): {error}", file=sys.stderr)
+    return USER_ERROR_STATUS
+
+
+def _without_local_rank(arguments: Sequence[str]) -> list[str]:
+    """Drop ``--local_rank=N``, which the deepspeed launcher appends; the environment says the same."""
+    kept: list[str] = []
+    skip = False
+    for argument in arguments:
+        flag, equals, _ = argument.partition("=")
+        if skip:
+            skip = False
+        elif flag.replace("_", "-") == "--local-rank":
+            skip = not equals
+        else:
+            kept.append(argument)
+    return kept

@@ -48,7 +48,6 @@ setup(
             "pytest-timeout>=2.3",
             "hypothesis>=6.100",
             "ruff>=0.9",
-            "mypy>=1.13",
             "xformers>=0.0.35; platform_system == 'Linux'",
         ],
     },

@@ -56,10 +56,14 @@ def expert_mlp(
     if norm not in ("pre", "post"):
         raise ValueError(f"norm: found '{norm}', expected 'pre' or 'post'")
     _check_rows(x_TD.shape[0], experts, rows)
-    parts = []
-    for expert, (start, stop) in zip(experts, rows, strict=True):
-        scale = None if row_scale_T is None else row_scale_T[start:stop]
-        parts.append(_one_expert(x_TD[start:stop], expert, norm, eps, scale, dropout))
+    sizes = [stop - start for start, stop in rows]
+    # One split instead of a slice each: the gradient of a slice fills a whole tensor with zeros.
+    x_parts = x_TD.split(sizes) if len(sizes) > 1 else [x_TD]
+    scale_parts = [None] * len(sizes) if row_scale_T is None else row_scale_T.split(sizes)
+    parts = [
+        _one_expert(x_RD, expert, norm, eps, scale_R, dropout)
+        for x_RD, expert, scale_R in zip(x_parts, experts, scale_parts, strict=True)
+    ]
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 

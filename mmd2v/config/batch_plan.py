@@ -24,10 +24,9 @@ class BatchPlan:
         return self.micro_batch * self.accumulation
 
     def __str__(self) -> str:
-        return (
-            f"{self.ranks} ranks × {self.micro_batch} images × {self.accumulation} accumulation "
-            f"= {self.global_batch} images a step"
-        )
+        ranks = f"{self.ranks} rank" + "s" * (self.ranks > 1)
+        parts = f"{ranks} × {self.micro_batch} images × {self.accumulation} accumulation"
+        return f"{parts} = {self.global_batch} images a step"
 
 
 def plan_batches(config: Config, ranks: int) -> BatchPlan:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from mmd2v.data.draws import name_hash
+from mmd2v.data.draws import words
 from mmd2v.data.packing import ordered_map
 from mmd2v.data.shards import INDEX_SUFFIX, MANIFEST_NAME, ShardIndex, expand_shards, read_manifest
 from mmd2v.data.transforms import decode_image
@@ -86,7 +86,7 @@ def _check_shard(path: str, report: CheckReport, workers: int, progress: Progres
     ids = np.zeros(len(index), np.uint64)
     try:
         for row, (sample_id, captions, problem) in enumerate(ordered_map(examine, range(len(index)), workers)):
-            ids[row] = name_hash(sample_id)
+            ids[row] = words(1, sample_id)[0]
             progress.advance()
             if problem is not None:
                 report.problems.append(problem)

@@ -15,11 +15,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from mmd2v.data.draws import name_hash, permutation
+from mmd2v.data.draws import permutation
 from mmd2v.errors import UserError
 
-_SHARDS = name_hash("order of shards")
-_SAMPLES = name_hash("order of samples")
 _KEPT_WINDOWS = 2  # a batch may straddle two windows
 
 
@@ -57,7 +55,7 @@ class Cursor:
     def _epoch_order(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """int64 [S] permuted shards, and int64 [W] the epoch's offset at which each window ends."""
         if self._epoch is None or self._epoch[0] != epoch:
-            order_S = permutation(len(self.counts_S), seed=self.seed, purpose=_SHARDS, a=epoch)
+            order_S = permutation(len(self.counts_S), "order of shards", self.seed, epoch)
             starts_W = np.arange(0, len(order_S), self.window)
             ends_W = np.cumsum(np.add.reduceat(self.counts_S[order_S], starts_W))
             self._epoch = (epoch, order_S, ends_W)
@@ -69,7 +67,7 @@ class Cursor:
         if key not in self._windows:
             shards = order_S[place * self.window : (place + 1) * self.window]
             counts = self.counts_S[shards]
-            order_R = permutation(int(counts.sum()), seed=self.seed, purpose=_SAMPLES, a=epoch, b=place)
+            order_R = permutation(int(counts.sum()), "order of samples", self.seed, epoch, place)
             ends = np.cumsum(counts)
             within = np.searchsorted(ends, order_R, side="right")
             rows_R = order_R - (ends - counts)[within]

@@ -1,40 +1,27 @@
-"""Random numbers as pure functions of what they are for: no state to save, the same on every machine.
+"""Random numbers as pure functions of what they are for: no state to save, the same on every machine and version.
 
-Only the raw words of the Philox counter generator are used: numpy may change how its distributions and permutations
-consume them, but not the words themselves.
+The bits come from SHAKE-128, which is a standard; numpy promises neither its distributions nor its permutations.
 """
 
 from __future__ import annotations
 
-from hashlib import blake2b
+import hashlib
+import json
 
 import numpy as np
 
-_MASK = (1 << 64) - 1
+
+def words(count: int, *key: str | int) -> np.ndarray:
+    """uint64 [count] of random bits, determined by the key: purpose, seed, and whatever else it is to depend on."""
+    digest = hashlib.shake_128(json.dumps(key).encode()).digest(8 * count)
+    return np.frombuffer(digest, "<u8")
 
 
-def name_hash(*names: str) -> int:
-    """64-bit number of some strings, different for ``("a", "b")`` and ``("ab",)``."""
-    digest = blake2b(digest_size=8)
-    for name in names:
-        data = name.encode()
-        digest.update(len(data).to_bytes(8, "little") + data)
-    return int.from_bytes(digest.digest(), "little")
-
-
-def words(count: int, *, seed: int, purpose: int, a: int = 0, b: int = 0) -> np.ndarray:
-    """uint64 [count] of random bits, determined by the seed, a `name_hash` of the purpose, and two numbers."""
-    key = np.array([seed & _MASK, purpose], np.uint64)
-    # The generator counts up in the lowest word of its counter; the other words name the stream.
-    counter = np.array([0, 0, a & _MASK, b & _MASK], np.uint64)
-    return np.random.Philox(key=key, counter=counter).random_raw(count)
-
-
-def uniforms(count: int, *, seed: int, purpose: int, a: int = 0, b: int = 0) -> np.ndarray:
+def uniforms(count: int, *key: str | int) -> np.ndarray:
     """float64 [count], uniform in [0, 1)."""
-    return (words(count, seed=seed, purpose=purpose, a=a, b=b) >> np.uint64(11)) * 2.0**-53
+    return (words(count, *key) >> np.uint64(11)) * 2.0**-53
 
 
-def permutation(count: int, *, seed: int, purpose: int, a: int = 0, b: int = 0) -> np.ndarray:
+def permutation(count: int, *key: str | int) -> np.ndarray:
     """int64 [count], the numbers 0 … count - 1 in random order."""
-    return np.argsort(words(count, seed=seed, purpose=purpose, a=a, b=b), kind="stable")
+    return np.argsort(words(count, *key), kind="stable")

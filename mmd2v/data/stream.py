@@ -23,13 +23,11 @@ from webdataset import DataPipeline
 from mmd2v.config.schema import DataConfig, ShardsConfig
 from mmd2v.data.batch import Batch
 from mmd2v.data.cursor import Cursor, Position, micro_batches
-from mmd2v.data.draws import name_hash, permutation
+from mmd2v.data.draws import permutation
 from mmd2v.data.shards import RawSample, ShardSet
 from mmd2v.data.tokenizers import Tokenizer
 from mmd2v.data.transforms import decode_image, eval_transform, train_transform
 from mmd2v.errors import UserError
-
-_CAPTION_PURPOSE = "order of captions"
 
 
 class FetchedSample(NamedTuple):
@@ -57,7 +55,7 @@ def chosen_captions(sample: RawSample, count: int, *, seed: int, epoch: int) -> 
     Every caption has its turn, and none comes twice in an epoch as long as there are ``count`` of them.
     """
     total = len(sample.captions)
-    order = permutation(total, seed=seed, purpose=name_hash(_CAPTION_PURPOSE, sample.id))
+    order = permutation(total, "order of captions", seed, sample.id)
     return [sample.captions[order[(epoch * count + place) % total]] for place in range(count)]
 
 
@@ -274,9 +272,9 @@ class _Collate:
             yield self.batch(samples)
 
     def batch(self, samples: Sequence[FetchedSample]) -> Batch:
-        """Make one batch."""
+        """Make one batch. Its images lie in memory as they are decoded, channels last."""
         size = self.view.image_config.size
-        images = torch.empty((len(samples), 3, size, size), dtype=torch.uint8)
+        images = torch.empty((len(samples), 3, size, size), dtype=torch.uint8, memory_format=torch.channels_last)
         texts: list[str] = []
         owners: list[int] = []
         for row, sample in enumerate(samples):

@@ -8,18 +8,16 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch.nn import functional
 from torchvision.io import ImageReadMode
 from torchvision.io import decode_image as _decode
 
 from mmd2v.config.schema import ImageTransformConfig
-from mmd2v.data.draws import name_hash, uniforms
+from mmd2v.data.draws import uniforms
 from mmd2v.errors import UserError
 
 _CROP_TRIES = 10  # as torchvision's RandomResizedCrop
-_CROP_PURPOSE = "crop and flip"
 
 
 def decode_image(data: bytes | bytearray | memoryview, where: str = "image") -> torch.Tensor:
@@ -61,31 +59,32 @@ def random_crop(
     ``crop_ratio``, ten tries, then the largest centred box of an allowed ratio. A scale of (1, 1) keeps the image
     whole.
     """
-    u = uniforms(3 + 2 * _CROP_TRIES, seed=seed, purpose=name_hash(_CROP_PURPOSE, sample_id), a=epoch)
-    flip = bool(u[0] < config.flip)
+    flip, down, across, *tries = uniforms(3 + 2 * _CROP_TRIES, "crop and flip", seed, epoch, sample_id).tolist()
+    flips = flip < config.flip
     if config.crop_scale == (1.0, 1.0):
-        return Crop(0, 0, height, width, flip)
+        return Crop(0, 0, height, width, flips)
     low, high = config.crop_scale
-    log_ratios = np.log(config.crop_ratio)
-    areas = height * width * (low + (high - low) * u[3 : 3 + _CROP_TRIES])
-    ratios = np.exp(log_ratios[0] + (log_ratios[1] - log_ratios[0]) * u[3 + _CROP_TRIES :])
-    for area, ratio in zip(areas.tolist(), ratios.tolist(), strict=True):
-        w = round(math.sqrt(area * ratio))
-        h = round(math.sqrt(area / ratio))
+    log_low, log_high = map(math.log, config.crop_ratio)
+    for area_draw, ratio_draw in zip(tries[::2], tries[1::2], strict=True):
+        area = height * width * (low + (high - low) * area_draw)
+        ratio = math.exp(log_low + (log_high - log_low) * ratio_draw)
+        w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
         if 0 < w <= width and 0 < h <= height:
-            return Crop(int(u[1] * (height - h + 1)), int(u[2] * (width - w + 1)), h, w, flip)
+            return Crop(int(down * (height - h + 1)), int(across * (width - w + 1)), h, w, flips)
     ratio = min(max(width / height, config.crop_ratio[0]), config.crop_ratio[1])
     w = min(width, max(1, round(height * ratio)))
     h = min(height, max(1, round(width / ratio)))
-    return Crop((height - h) // 2, (width - w) // 2, h, w, flip)
+    return Crop((height - h) // 2, (width - w) // 2, h, w, flips)
 
 
 def resize(image: torch.Tensor, height: int, width: int, interpolation: str) -> torch.Tensor:
     """Resize uint8 [3, H, W] to [3, height, width], antialiased, in integer arithmetic."""
     if image.shape[-2:] == (height, width):
         return image
-    # torchvision's own resize goes through float for bilinear on some processors; torch's uint8 kernel never does.
-    return functional.interpolate(image[None], (height, width), mode=interpolation, antialias=True)[0]
+    # torchvision's own resize goes through float for bilinear on some processors; torch's uint8 kernel never does,
+    # and is fastest on the layout that decoding gives (channels last), which a crop breaks.
+    rows = image[None].contiguous(memory_format=torch.channels_last)
+    return functional.interpolate(rows, (height, width), mode=interpolation, antialias=True)[0]
 
 
 def train_transform(

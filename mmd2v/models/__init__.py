@@ -1,0 +1,1 @@
+"""The student, its modality encoders and layers, and the frozen teachers."""

@@ -39,9 +39,7 @@ def xformers_available() -> bool:
     return True
 
 
-def _attend_xformers(
-    q_THK: torch.Tensor, k_THK: torch.Tensor, v_THK: torch.Tensor, layout: Layout
-) -> torch.Tensor:
+def _attend_xformers(q_THK: torch.Tensor, k_THK: torch.Tensor, v_THK: torch.Tensor, layout: Layout) -> torch.Tensor:
     from xformers.ops import memory_efficient_attention
     from xformers.ops.fmha.attn_bias import BlockDiagonalMask
 
@@ -59,9 +57,10 @@ def attend_sdpa(q_THK: torch.Tensor, k_THK: torch.Tensor, v_THK: torch.Tensor, l
         # 41 ms for 128 sequences of 12 heads on one core).
         q_THK, k_THK, v_THK = q_THK.float(), k_THK.float(), v_THK.float()
     parts = []
-    for modality, rows in layout.rows.items():
-        qkv = q_THK[rows], k_THK[rows], v_THK[rows]
-        if rows.start == rows.stop:
+    of_modality = [layout.split(x) for x in (q_THK, k_THK, v_THK)]
+    for modality in layout.modalities:
+        qkv = [x[modality] for x in of_modality]
+        if len(qkv[0]) == 0:
             parts.append(qkv[2])
         elif layout.is_rectangular(modality):
             parts.append(_rectangular(*qkv, len(layout.lengths[modality])))

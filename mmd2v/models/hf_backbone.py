@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+import transformers
 from torch import nn
 from transformers import AutoConfig, AutoModel
 
@@ -17,6 +18,8 @@ def load_model(name: str, *, pretrained: bool, where: str) -> nn.Module:
     Raises UserError, beginning with ``where``, when there is none or its weights are not safetensors: a pickle
     could run code.
     """
+    # Its bars would drown the run's own lines, once a rank and source.
+    transformers.utils.logging.disable_progress_bar()
     try:
         if not pretrained:
             return AutoModel.from_config(AutoConfig.from_pretrained(name), attn_implementation="sdpa")
@@ -50,6 +53,7 @@ def bert_block(model: nn.Module, index: int, where: str) -> dict[str, torch.Tens
         "mlp.fc2": block.output.dense,
     }
     state = {f"{name}.{kind}": getattr(module, kind) for name, module in parts.items() for kind in ("weight", "bias")}
+    projections = (attention.query, attention.key, attention.value)
     for kind in ("weight", "bias"):
-        state[f"attention.qkv.{kind}"] = torch.cat([getattr(m, kind) for m in (attention.query, attention.key, attention.value)])
+        state[f"attention.qkv.{kind}"] = torch.cat([getattr(projection, kind) for projection in projections])
     return {name: value.detach().clone() for name, value in state.items()}

@@ -44,12 +44,13 @@ def init_from_sources(layers: nn.ModuleList, config: ModelConfig) -> None:
     """Fill the layers whose group names a source in ``init``. Raises UserError naming the group on any mismatch."""
     position = 0
     readers: dict[tuple[str, str], BlockReader] = {}
+    models: dict[str, nn.Module] = {}
     for i, group in enumerate(config.layers):
         for owner, init in group.init.items():
             where = f"model.layers.{i}.init.{owner}.source"
             key = (init.source, init.modality or owner)
             if key not in readers:
-                readers[key] = _reader(init, owner, where)
+                readers[key] = _reader(init, owner, models, where)
             for k in range(group.count):
                 _fill(layers[position + k], owner, readers[key](init.first + k), where)
         position += group.count
@@ -74,11 +75,13 @@ def _fill(layer: nn.Module, owner: str, block: dict[str, torch.Tensor], where: s
             value.copy_(source)
 
 
-def _reader(init: InitConfig, owner: str, where: str) -> BlockReader:
+def _reader(init: InitConfig, owner: str, models: dict[str, nn.Module], where: str) -> BlockReader:
+    """Return what reads blocks of ``init.source``; ``models`` keeps each Hugging Face encoder loaded once."""
     kind, _, path = init.source.partition(":")
     if kind == "hf":
-        model = load_model(path, pretrained=True, where=where)
-        return lambda index: bert_block(model, index, where)
+        if path not in models:
+            models[path] = load_model(path, pretrained=True, where=where)
+        return lambda index: bert_block(models[path], index, where)
     if kind == "mmd2v":
         from mmd2v.models.exported import exported_block
 

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from mmd2v_kernels import Expert, expert_mlp
 from torch import nn
 
 from mmd2v.config.schema import LayerConfig
 from mmd2v.models.attention import attend
 from mmd2v.models.packed import Layout
+from mmd2v_kernels import Expert, expert_mlp
 
 SHARED = "shared"
 """Owner name of weights that all modalities use."""
@@ -76,11 +76,12 @@ class Layer(nn.Module):
     def forward(self, x_TD: torch.Tensor, layout: Layout) -> torch.Tensor:
         """Return the rows after this layer, [T, D]; ``layout`` holds no modality the layer does not know."""
         x_TD = self._attention(x_TD, layout)
-        ranges = _ranges(layout, self.mlp_owner)
+        shared = self.mlp_owner == SHARED
+        ranges = {SHARED: slice(0, layout.total)} if shared else layout.rows
         return expert_mlp(
             x_TD,
-            [self.mlp[owner].expert() for owner, _ in ranges],
-            [(rows.start, rows.stop) for _, rows in ranges],
+            [self.mlp[owner].expert() for owner in ranges],
+            [(rows.start, rows.stop) for rows in ranges.values()],
             norm=self.norm,
             eps=self.eps,
             row_scale_T=self._row_scale(x_TD, layout),
@@ -88,22 +89,24 @@ class Layer(nn.Module):
         )
 
     def _attention(self, x_TD: torch.Tensor, layout: Layout) -> torch.Tensor:
-        ranges = [(self.attention[owner], rows) for owner, rows in _ranges(layout, self.attention_owner)]
         pre = self.norm == "pre"
-        qkv_TE = _concatenate([w.qkv(w.norm(x_TD[rows]) if pre else x_TD[rows]) for w, rows in ranges])
+        x_of = self._by_owner(x_TD, layout)
+        weights = {owner: self.attention[owner] for owner in x_of}
+        qkv_TE = _concatenate([w.qkv(w.norm(x_of[owner]) if pre else x_of[owner]) for owner, w in weights.items()])
         q_THK, k_THK, v_THK = qkv_TE.unflatten(1, (3, self.heads, -1)).unbind(1)
-        out_TD = attend(q_THK, k_THK, v_THK, layout).flatten(1)
+        out_of = self._by_owner(attend(q_THK, k_THK, v_THK, layout).flatten(1), layout)
         row_scale_T = self._row_scale(x_TD, layout)
+        scale_of = {} if row_scale_T is None else self._by_owner(row_scale_T[:, None], layout)
         parts = []
-        for w, rows in ranges:
-            branch_RD = w.proj(out_TD[rows])
+        for owner, w in weights.items():
+            branch_RD = w.proj(out_of[owner])
             if self.training and self.dropout:
                 branch_RD = F.dropout(branch_RD, self.dropout)
             if w.layer_scale is not None:
                 branch_RD = branch_RD * w.layer_scale
-            if row_scale_T is not None:
-                branch_RD = branch_RD * row_scale_T[rows, None]
-            x_RD = x_TD[rows] + branch_RD
+            if owner in scale_of:
+                branch_RD = branch_RD * scale_of[owner]
+            x_RD = x_of[owner] + branch_RD
             parts.append(x_RD if pre else w.norm(x_RD))
         return _concatenate(parts)
 
@@ -115,14 +118,13 @@ class Layer(nn.Module):
         kept_S = torch.rand(len(layout.all_lengths), device=x_TD.device) < keep
         return (kept_S / keep).to(x_TD.dtype)[layout.sequence_of_row()]
 
+    def _by_owner(self, x_TX: torch.Tensor, layout: Layout) -> dict[str, torch.Tensor]:
+        """Return the rows of each owner of attention weights: one of all of them when shared."""
+        return {SHARED: x_TX} if self.attention_owner == SHARED else layout.split(x_TX)
+
     def _owners(self, half: str) -> tuple[str, ...]:
         owner = self.attention_owner if half == "attention" else self.mlp_owner
         return (SHARED,) if owner == SHARED else self.modalities
-
-
-def _ranges(layout: Layout, owner: str) -> list[tuple[str, slice]]:
-    """Return (owner, rows) pairs that cover the rows: one of all of them when shared."""
-    return [(SHARED, slice(0, layout.total))] if owner == SHARED else list(layout.rows.items())
 
 
 def _concatenate(parts: list[torch.Tensor]) -> torch.Tensor:

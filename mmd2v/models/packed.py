@@ -72,6 +72,13 @@ class Layout:
             return self
         return self._once(("select", chosen), lambda: Layout({n: self.lengths[n] for n in chosen}, self.device))
 
+    def split(self, x_TX: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Return each modality's rows as a view. One node in the gradient graph: a slice each would fill zeros."""
+        if len(self.lengths) == 1:
+            return {self.modalities[0]: x_TX}
+        sizes = [rows.stop - rows.start for rows in self.rows.values()]
+        return dict(zip(self.lengths, x_TX.split(sizes), strict=True))
+
     def first_rows(self, modality: str) -> torch.Tensor:
         """Return int64 [S]: row, within the modality, of each sequence's first token (the CLS)."""
 

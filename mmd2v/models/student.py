@@ -156,7 +156,7 @@ class _Rows:
     def put(self, layout: Layout, x_TD: torch.Tensor) -> None:
         """Replace the rows of the layout's modalities."""
         self._joint = (layout.modalities, x_TD)
-        self._parts.update({name: x_TD[rows] for name, rows in layout.rows.items()})
+        self._parts.update(layout.split(x_TD))
 
 
 def build_student(config: Config, tokenizer: Tokenizer | None, pretrained: bool = True) -> Student:

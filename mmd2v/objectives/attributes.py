@@ -22,9 +22,7 @@ from mmd2v.objectives.base import Objective
 class Attributes(Objective):
     """Binary cross-entropy summed over the attributes and averaged over the samples."""
 
-    def __init__(
-        self, config: AttributesConfig, student: Student, teachers: Mapping[str, Teacher], where: str
-    ) -> None:
+    def __init__(self, config: AttributesConfig, student: Student, teachers: Mapping[str, Teacher], where: str) -> None:
         super().__init__(config, student, teachers, where)
         self.config = config
         self.where = where

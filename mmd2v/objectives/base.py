@@ -16,9 +16,7 @@ from mmd2v.models.teachers import Targets, Teacher
 class Objective(nn.Module):
     """One term of the loss; ``where`` is its place in the config, for error messages."""
 
-    def __init__(
-        self, config: ObjectiveConfig, student: Student, teachers: Mapping[str, Teacher], where: str
-    ) -> None:
+    def __init__(self, config: ObjectiveConfig, student: Student, teachers: Mapping[str, Teacher], where: str) -> None:
         super().__init__()
 
     def forward(self, output: StudentOutput, targets: Mapping[str, Targets], batch: Batch) -> dict[str, torch.Tensor]:

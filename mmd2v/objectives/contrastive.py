@@ -6,7 +6,6 @@ import math
 from collections.abc import Mapping
 
 import torch
-from mmd2v_kernels import contrastive
 from torch import nn
 
 from mmd2v.config.schema import ContrastiveConfig
@@ -16,6 +15,7 @@ from mmd2v.errors import UserError
 from mmd2v.models.student import Student, StudentOutput
 from mmd2v.models.teachers import Targets, Teacher
 from mmd2v.objectives.base import Objective
+from mmd2v_kernels import contrastive
 
 _LARGEST_LOG_SCALE = math.log(100)
 

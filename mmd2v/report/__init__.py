@@ -1,0 +1,1 @@
+"""What people read: tables, pictures, the model card of an export."""

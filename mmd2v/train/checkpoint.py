@@ -212,6 +212,8 @@ def _write(engine: Engine, temporary: Path) -> str | None:
     """Let DeepSpeed write its files; return what went wrong on this rank."""
     storage = _storage()
     engine.deepspeed.checkpoint_engine = storage
+    # DeepSpeed drops scripts beside the checkpoints, outside of what can be undone; `mmd2v export` does their work.
+    engine.deepspeed._copy_recovery_script = lambda save_path: None
     with quiet():
         engine.deepspeed.save_checkpoint(str(temporary.parent), tag=temporary.name, save_latest=False)
     return storage.error

@@ -13,6 +13,9 @@ import torch
 from mmd2v.errors import UserError
 from mmd2v.train.checkpoint import _deepspeed_classes as deepspeed_classes
 
+_WHOLE_MODULE = "mp_rank_00_model_states.pt"
+"""DeepSpeed's file of the module's own state dict, written unless the weights themselves are sharded."""
+
 
 def consolidate(checkpoint: str | Path) -> dict[str, torch.Tensor]:
     """Return every parameter and saved buffer of the train module in a checkpoint folder, on the CPU.
@@ -26,10 +29,13 @@ def consolidate(checkpoint: str | Path) -> dict[str, torch.Tensor]:
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
     try:
         with torch.serialization.safe_globals(deepspeed_classes()), _weights_only():
+            state: dict[str, torch.Tensor] = {}
+            whole = folder / _WHOLE_MODULE
+            # ZeRO-1 lists its frozen parameters nowhere else, and ZeRO-3 has no such file.
+            if whole.is_file():
+                state.update(torch.load(whole, map_location="cpu")["module"])
             if any(folder.glob("*_optim_states.pt")):
-                state = _from_zero(folder)
-            else:
-                state = torch.load(folder / "mp_rank_00_model_states.pt", map_location="cpu")["module"]
+                state.update(_from_zero(folder))
     except (OSError, ValueError, KeyError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
         first_line = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(f"{checkpoint}: the checkpoint is incomplete or damaged: {first_line}") from error

@@ -27,7 +27,7 @@ from mmd2v.train.mock import mock_batch
 from mmd2v.train.parts import Parts, build_parts
 from mmd2v.train.schedule import build_schedule
 
-GB = 1e9
+MB = 1e6
 _BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 _WIDTH = 120  # columns where the output is no terminal
 
@@ -162,13 +162,12 @@ def estimate_memory(config: Config, parts: Parts, batch: Batch, ranks: int) -> M
 
 def _memory_table(estimate: MemoryEstimate) -> Table:
     table = Table("what", box=box.SIMPLE)
-    table.add_column("GB", justify="right")
+    table.add_column("MB", justify="right")
     for name in ("weights", "gradients", "optimizer", "teachers", "activations"):
-        table.add_row(
-            name + (" of the layers (rough)" if name == "activations" else ""), f"{getattr(estimate, name) / GB:.3f}"
-        )
+        label = name + (" of the layers (rough)" if name == "activations" else "")
+        table.add_row(label, f"{getattr(estimate, name) / MB:,.1f}")
     table.add_section()
-    table.add_row("all", f"{estimate.total / GB:.3f}")
+    table.add_row("all", f"{estimate.total / MB:,.1f}")
     return table
 
 

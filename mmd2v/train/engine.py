@@ -85,9 +85,9 @@ class Engine:
         """Make parameters that ZeRO-3 has sharded whole on every rank for a while."""
         if self.config.engine.zero_stage < 3:
             return contextlib.nullcontext()
-        from deepspeed.zero import GatheredParameters
+        import deepspeed
 
-        return GatheredParameters(parameters)
+        return deepspeed.zero.GatheredParameters(parameters)
 
 
 def build_engine(config: Config, world: World, module: nn.Module) -> Engine:

@@ -1,11 +1,10 @@
 """Export of a run trained on two ranks at every ZeRO stage: the weights of the training model, to the bit."""
 
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from ranks import run_ranks
+from harness import run_distributed_test
 from safetensors.torch import save_file
 from small import StubTokenizer, random_batch, small_config
 
@@ -29,7 +28,7 @@ def stage_config(folder: Path, stage: int):
 def train_one_step(folder: Path) -> None:
     """What each rank does: a step at every stage, a checkpoint, the embeddings of the model in memory."""
     from mmd2v.config.load import dump_config
-    from mmd2v.distributed.environment import initialize, shutdown
+    from mmd2v.distributed.environment import initialize
     from mmd2v.models.student import build_student
     from mmd2v.objectives import build_objectives
     from mmd2v.train.checkpoint import Checkpointer, describe
@@ -52,7 +51,6 @@ def train_one_step(folder: Path) -> None:
         if world.is_main:
             (run / "config.yaml").write_text(dump_config(config))
             torch.save(embedding, run / "expected.pt")
-    shutdown()
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +60,7 @@ def runs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs")
     torch.manual_seed(0)
     save_file(timm.create_model("test_resnet").state_dict(), folder / "backbone.safetensors")
-    run_ranks(__file__, 2, folder)
+    run_distributed_test(train_one_step, 2, args=(folder,))
     return folder
 
 
@@ -120,7 +118,3 @@ def test_code_in_a_checkpoint_is_not_run(tmp_path):
     with pytest.raises(UserError, match="damaged"):
         consolidate(tmp_path)
     assert not (tmp_path / "ran").exists()
-
-
-if __name__ == "__main__":
-    train_one_step(Path(sys.argv[1]))

@@ -2,8 +2,9 @@
 
 import pytest
 import torch
-from mmd2v_kernels import distill_target
 from safetensors.torch import load_file
+
+from mmd2v_kernels import distill_target
 
 
 @pytest.mark.parametrize(("name", "final_layer_norm"), [("kd_image", True), ("kd_text", False)])

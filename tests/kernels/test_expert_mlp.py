@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from mmd2v_kernels import Expert, expert_mlp
 
 
@@ -79,9 +80,7 @@ def test_dropout_zeroes_branches_and_keeps_their_mean():
 )
 def test_ranges_that_do_not_cover_the_rows_are_refused(rows, experts):
     with pytest.raises(ValueError, match="rows: found"):
-        expert_mlp(
-            torch.zeros(4, 4, dtype=torch.float64), [make_expert(4, 8)] * experts, rows, norm="pre", eps=1e-6
-        )
+        expert_mlp(torch.zeros(4, 4, dtype=torch.float64), [make_expert(4, 8)] * experts, rows, norm="pre", eps=1e-6)
 
 
 def test_unknown_norm_is_refused():

@@ -1,5 +1,7 @@
 """Packed attention against xformers' own block-diagonal mask and against one sequence at a time."""
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -44,7 +46,7 @@ def test_gradients_flow_as_in_one_sequence_at_a_time():
     starts = np.concatenate([[0], np.cumsum(layout.all_lengths)])
     parts = [
         dense(q[a:b], k[a:b], v[a:b], torch.zeros(b - a, b - a, dtype=torch.float64))
-        for a, b in zip(starts[:-1], starts[1:], strict=True)
+        for a, b in itertools.pairwise(starts)
     ]
     theirs = torch.autograd.grad((torch.cat(parts) * weights).sum(), [q, k, v])
     for a, b in zip(ours, theirs, strict=True):

@@ -46,7 +46,9 @@ def test_each_row_is_compared_with_its_own_samples_target(modality):
     torch.testing.assert_close(losses["loss"], sum(expected))
 
 
-@pytest.mark.parametrize(("normalize", "function"), [("l2", F.normalize), ("layer_norm", lambda x: F.layer_norm(x, (16,)))])
+@pytest.mark.parametrize(
+    ("normalize", "function"), [("l2", F.normalize), ("layer_norm", lambda x: F.layer_norm(x, (16,)))]
+)
 @pytest.mark.parametrize("loss", ["mse", "smooth_l1", "cosine"])
 def test_normalised_targets_and_distances(normalize, function, loss):
     term = {"kind": "cls_regression", "teacher": "t", "head": "none", "modalities": ["image"]}
@@ -76,7 +78,7 @@ def test_widths_that_differ_need_a_head():
 
 
 def test_temperature_is_clamped_and_reported():
-    student, objectives = build([{"kind": "contrastive", "temperature": 0.05}])
+    _, objectives = build([{"kind": "contrastive", "temperature": 0.05}])
     term = objectives.terms[0]
     assert objectives.metrics()["contrastive_scale"].item() == pytest.approx(20)
     with torch.no_grad():

@@ -11,8 +11,6 @@ from mmd2v.models.parameters import no_decay, part
 from mmd2v.models.student import build_student
 
 
-
-
 def build(**changes):
     return build_student(small_config(**changes), StubTokenizer()).eval()
 
@@ -99,7 +97,7 @@ def test_an_earlier_feature_map_gives_more_tokens(feature, tokens):
 
 
 def test_unknown_backbone_names_the_nearest():
-    with pytest.raises(UserError, match="unknown name 'resnt10t'. Did you mean 'resnet10t'"):
+    with pytest.raises(UserError, match=r"unknown name 'resnt10t'\. Did you mean 'resnet10t'"):
         build(model__encoders__image={"kind": "timm", "name": "resnt10t"})
 
 
@@ -135,7 +133,13 @@ def test_text_blocks_from_a_hugging_face_encoder_compute_the_same(shared):
             model__heads=12,
             model__encoders={"text": {"kind": "hf", "name": folder}},
             model__layers=[
-                {"kind": "separate", "count": 6, "norm": "post", "eps": 1e-12, "init": {"text": {"source": f"hf:{folder}"}}}
+                {
+                    "kind": "separate",
+                    "count": 6,
+                    "norm": "post",
+                    "eps": 1e-12,
+                    "init": {"text": {"source": f"hf:{folder}"}},
+                }
             ],
             objectives=[{"kind": "attributes", "modality": "text", "classes": 1}],
             data__labels="x",
@@ -168,7 +172,7 @@ def test_blocks_of_another_width_are_refused(shared):
             model__heads=12,
             model__layers=[{"kind": "separate", "init": {"text": {"source": f"hf:{folder}", "first": 6}}}],
         )
-    with pytest.raises(UserError, match="unknown name 'hg'. Did you mean 'hf'"):
+    with pytest.raises(UserError, match=r"unknown name 'hg'\. Did you mean 'hf'"):
         build(model__layers=[{"kind": "separate", "init": {"text": {"source": "hg:x"}}}])
 
 

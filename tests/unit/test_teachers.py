@@ -89,9 +89,7 @@ def test_text_teacher_pools_real_tokens_only(shared):
     encoded = AutoTokenizer.from_pretrained(folder)(["a dog", "two men play chess in a park"], padding=True)
     mask = torch.tensor(encoded["attention_mask"]).bool()
     ids = torch.tensor(encoded["input_ids"])
-    batch = Batch(
-        torch.zeros(2, 3, 1, 1, dtype=torch.uint8), ids[mask].int(), mask.sum(1).int(), torch.arange(2)
-    )
+    batch = Batch(torch.zeros(2, 3, 1, 1, dtype=torch.uint8), ids[mask].int(), mask.sum(1).int(), torch.arange(2))
     with torch.no_grad():
         model = AutoModel.from_pretrained(folder, dtype=torch.float32).eval()
         hidden = model(input_ids=ids, attention_mask=mask.long()).last_hidden_state

@@ -34,6 +34,7 @@ _RGB = {
 }
 _COLOUR = {name: np.array(rgb, np.float32) for name, rgb in _RGB.items()}
 _REACH = 1.25  # no shape extends further than this many radii from its centre
+_RIM = 0.015  # image widths
 _SPECKLES = 60
 _GRID_LINES = 7
 
@@ -110,6 +111,7 @@ def _paint(canvas: np.ndarray, thing: SceneObject, size: int) -> None:
         paint = colour
     else:
         mark = _TEXTURES[thing.texture](u * thing.radius, v * thing.radius, thing.radius, thing.phase, size)
+        mark *= _coverage(distance + _RIM, size)  # an outline in the first tone: no stripe may cut the shape in pieces
         bright = float(colour @ np.array([0.3, 0.59, 0.11], np.float32)) > 150
         second = 0.3 * colour + 0.7 * np.float32(0 if bright else 255)
         paint = colour + mark[..., None] * (second - colour)
@@ -139,7 +141,7 @@ def _triangle(u: np.ndarray, v: np.ndarray) -> np.ndarray:
 
 def _cross(u: np.ndarray, v: np.ndarray) -> np.ndarray:
     u, v = np.abs(u), np.abs(v)
-    return np.minimum(np.maximum(u - 1.0, v - 0.36), np.maximum(v - 1.0, u - 0.36))
+    return np.minimum(np.maximum(u - 1.0, v - 0.42), np.maximum(v - 1.0, u - 0.42))
 
 
 def _star(u: np.ndarray, v: np.ndarray) -> np.ndarray:
@@ -148,7 +150,7 @@ def _star(u: np.ndarray, v: np.ndarray) -> np.ndarray:
     angle = np.abs((np.arctan2(u, -v) + wedge / 2) % wedge - wedge / 2)
     length = np.hypot(u, v)
     along, across = length * np.cos(angle), length * np.sin(angle)
-    tip, notch = 1.2, 0.52
+    tip, notch = 1.2, 0.57
     notch_x, notch_y = notch * math.cos(wedge / 2), notch * math.sin(wedge / 2)
     edge = math.hypot(tip - notch_x, notch_y)
     return ((along - tip) * notch_y + across * (tip - notch_x)) / edge
@@ -162,7 +164,7 @@ def _heart(u: np.ndarray, v: np.ndarray) -> np.ndarray:
 
 
 def _crescent(u: np.ndarray, v: np.ndarray) -> np.ndarray:
-    return np.maximum(np.hypot(u, v) - 1.05, 0.85 - np.hypot(u - 0.55, v))
+    return np.maximum(np.hypot(u, v) - 1.05, 0.82 - np.hypot(u - 0.62, v))
 
 
 _SHAPES: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {

@@ -21,10 +21,10 @@ OFFSETS = 16  # whole pixels at the usual sizes, so that pictures of all sizes s
 
 # All lengths are fractions of the image's width. The three places of a row are far enough apart that "left of" and
 # "above" never depend on the jitter.
-_RADII = {"small": 0.1, "medium": 0.135, "large": 0.175}
-_PLACES = (0.19, 0.5, 0.81)
+_RADII = {"small": 0.11, "medium": 0.145, "large": 0.185}
+_PLACES = (0.2, 0.5, 0.8)
 _JITTER = 0.03
-_GAP = 0.02
+_GAP = 0.01
 _TILT = math.radians(12)  # well below the 45 degrees that turn a square into a diamond
 _COUNT_WEIGHTS = (0.2, 0.4, 0.4)
 _ECHO = 0.3  # how often an object repeats an attribute of the first one, so that plurals ("two circles") occur

@@ -35,7 +35,8 @@ class TimmEncoder(ModalityEncoder):
         own_width, grid = output_grid(self.backbone, context.image_size, config.feature)
         self.feature_norm = nn.LayerNorm(own_width) if config.feature_norm else nn.Identity()
         self.grid = FixedGrid(config, own_width, grid, context.width)
-        self.backbone.to(memory_format=torch.channels_last)
+        # The weights stay contiguous: DeepSpeed broadcasts parameters as bytes, which needs it. Channels-last images
+        # alone make the convolutions take the fast path.
         if self.frozen:
             self.backbone.requires_grad_(False).eval()
 

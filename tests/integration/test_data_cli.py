@@ -1,0 +1,66 @@
+"""The `mmd2v data` commands as a person types them."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from mmd2v.cli.data import main
+from mmd2v.config.schema import DataConfig
+from mmd2v.data.stream import train_loader
+from mmd2v.data.tokenizers import load_tokenizer
+from mmd2v.errors import UserError
+
+
+def test_from_nothing_to_a_batch(tmp_path, capsys):
+    assert main(["synth", "--out", str(tmp_path / "w"), "--split", "train", "--count", "30", "--size", "32"]) == 0
+    assert "30 images, 150 captions, 1 shards" in capsys.readouterr().out
+    assert main(["check", str(tmp_path / "w")]) == 0
+    assert "30 readable images, 150 captions (5 to 5 an image)" in capsys.readouterr().out
+    words = ["tokenizer", str(tmp_path / "w"), "--out", str(tmp_path / "t.json"), "--kind", "wordlevel"]
+    assert main([*words, "--vocab-size", "500"]) == 0
+    assert "entries" in capsys.readouterr().out
+    with pytest.raises(UserError, match="exists"):
+        main(words)
+    config = DataConfig.model_validate(
+        {
+            "train": {"shards": str(tmp_path / "w")},
+            "tokenizer": {"path": str(tmp_path / "t.json")},
+            "image": {"size": 32},
+            "labels": "attributes",
+            "workers": 1,
+        }
+    )
+    tokenizer = load_tokenizer(config.tokenizer)
+    loader = train_loader(config, seed=0, tokenizer=tokenizer, rank=0, world_size=1, micro_batch_size=8)
+    batch = next(iter(loader))
+    assert batch.images.shape == (8, 3, 32, 32) and batch.labels.shape == (8, 450)
+    assert set(batch.labels.unique().tolist()) == {0.0, 1.0}
+    unknown = tokenizer.encode_batch(["xyzzy"])[0][1]
+    assert not torch.isin(batch.text_ids, unknown).any()
+
+
+def test_pack_and_a_damaged_shard(tmp_path, capsys, shared):
+    source = shared / "flickr8k"
+    entries = json.loads((source / "flickr8k_val.json").read_text())[:20]
+    (tmp_path / "c.json").write_text(json.dumps(entries))
+    tar = str(source / "flickr8k_val_images_160px.tar")
+    command = ["pack", str(tmp_path / "c.json"), "--images", tar, "--out", str(tmp_path / "out"), "--shard-size", "8"]
+    assert main([*command, "--resize", "64"]) == 0
+    assert "20 images, 100 captions, 3 shards" in capsys.readouterr().out
+    shard = tmp_path / "out/shard-000001.tar"
+    data = bytearray(shard.read_bytes())
+    data[600:1500] = bytes(900)
+    shard.write_bytes(data)
+    assert main(["check", str(tmp_path / "out"), "--show", "1"]) == 1
+    out = capsys.readouterr().out
+    assert "shard-000001.tar: sample " in out and "1 problems" in out
+
+
+def test_errors_have_no_traceback(tmp_path):
+    command = [sys.executable, "-m", "mmd2v", "data", "check", str(tmp_path / "none")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: ") and len(done.stderr.splitlines()) == 1

@@ -1,0 +1,273 @@
+"""Runs as a user starts them: in processes of their own, killed, resumed, out of disk, misconfigured."""
+
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+from training_runs import make_data, write_config
+
+from mmd2v.train.metrics import read_metrics
+
+STEPS = 40
+EVERY = 5
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
+MMD2V = [sys.executable, "-m", "mmd2v"]
+
+# Dropout and drop path: the resumed run must also draw the random numbers of the uninterrupted one.
+NOISY = [{"kind": "separate", "drop_path": 0.2}, {"kind": "shared", "dropout": 0.2}]
+
+
+def _mmd2v(*arguments: object, **options) -> subprocess.CompletedProcess[str]:
+    command = [*MMD2V, *map(str, arguments)]
+    return subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, check=False, timeout=300, **options)
+
+
+def _losses(run_dir: Path) -> dict[int, float]:
+    return {record["step"]: record["loss"] for record in read_metrics(run_dir / "metrics.jsonl") if "loss" in record}
+
+
+def _names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    return make_data(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(scope="module")
+def config(data, tmp_path_factory) -> Path:
+    return write_config(
+        tmp_path_factory.mktemp("runs") / "whole.yaml",
+        data,
+        steps=STEPS,
+        data__workers=1,
+        data__eval={"shards": str(data / "test")},
+        evaluation__at_start=True,
+        model__layers=NOISY,
+        engine__micro_batch_size=4,
+        checkpoint__every=EVERY,
+        logging__tensorboard=True,
+    )
+
+
+@pytest.fixture(scope="module")
+def whole(config) -> Path:
+    """Run directory of an uninterrupted run."""
+    result = _mmd2v("train", config)
+    assert result.returncode == 0, result.stderr
+    run_dir = Path(yaml.safe_load(config.read_text())["run_dir"])
+    (run_dir / "output.txt").write_text(result.stdout + result.stderr)
+    return run_dir
+
+
+# ------------------------------------------------------------------------------------ a run's traces
+
+
+def test_run_directory_holds_everything(whole):
+    assert {"config.yaml", "environment.json", "metrics.jsonl", "tensorboard", "checkpoints"} <= set(_names(whole))
+    assert _names(whole / "checkpoints") == [f"step-{STEPS - EVERY:06d}", f"step-{STEPS:06d}"]
+    assert "/" not in (whole / "environment.json").read_text()  # nothing of this machine
+
+
+def test_output_is_lines_without_noise(whole):
+    lines = (whole / "output.txt").read_text().splitlines()
+    assert lines[1] == "optimiser: torch.optim.AdamW (fused), named in the config"
+    assert "4 images × 2 accumulation = 8 images a step" in lines[0]
+    steps = [line for line in lines if line.startswith("step ") and "samples/s" in line]
+    assert len(steps) == STEPS
+    for part in ("loss ", "contrastive ", "cls_regression/image ", "lr ", "data ", "GB", "ETA"):
+        assert part in steps[0]
+    recall = [line for line in lines if "recall" in line]
+    assert len(recall) == 2 and all("image→text R@1/5/10" in line and "(chance " in line for line in recall)
+    assert len(lines) <= STEPS + 7
+
+
+def test_records_have_units_and_every_term(whole):
+    records = [r for r in read_metrics(whole / "metrics.jsonl") if "loss" in r]
+    assert {"loss/contrastive_loss", "loss/cls_regression_loss/text", "learning_rate", "gradient_norm"} <= set(
+        records[0]
+    )
+    assert {"throughput(samples/s)", "time/data(%)", "time/eta(s)", "memory(GB)", "epoch"} <= set(records[0])
+    assert records[-1]["epoch"] == pytest.approx(STEPS * 8 / 48)
+    assert records[0]["loss"] == pytest.approx(sum(v for k, v in records[0].items() if k.startswith("loss/")), rel=1e-5)
+
+
+# ------------------------------------------------------------------------------------ kill and resume
+
+
+@pytest.fixture(scope="module")
+def killed(config) -> Path:
+    """Run directory of the same run, ended by SIGKILL in the middle."""
+    run_dir = config.parent / "runs" / "killed"
+    command = [*MMD2V, "train", str(config), "--run_dir", str(run_dir)]
+    process = subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.DEVNULL, start_new_session=True)
+    deadline = time.monotonic() + 200
+    try:
+        while len(_losses(run_dir)) < EVERY + 2 if (run_dir / "metrics.jsonl").exists() else True:
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.005)
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    return run_dir
+
+
+def test_killed_run_continues_as_if_nothing_had_happened(config, whole, killed):
+    seen = _losses(killed)
+    assert EVERY < max(seen) < STEPS
+    refused = _mmd2v("train", config, "--run_dir", killed)
+    assert refused.returncode == 2
+    assert "already holds a run with a checkpoint" in refused.stderr and "--resume auto" in refused.stderr
+
+    # What a kill in the middle of a save leaves.
+    (killed / "checkpoints" / ".step-000099.tmp").mkdir()
+    resumed = _mmd2v("train", config, "--run_dir", killed, "--resume", "auto")
+    assert resumed.returncode == 0, resumed.stderr
+    assert "continuing from" in resumed.stdout
+    assert _losses(killed) == _losses(whole)  # to the last bit, step by step
+    assert _names(killed / "checkpoints") == _names(whole / "checkpoints")
+
+
+# ----------------------------------------------------------------------------- what can go wrong
+
+
+def _misadventures(base: str) -> dict[str, str]:
+    """Several things a user can do wrong, in one process: what each says. ``base`` is a finished run's config."""
+    from mmd2v.config.load import load_config
+    from mmd2v.errors import UserError
+    from mmd2v.train.loop import train
+
+    said = {}
+
+    def attempt(name: str, *overrides: str, resume: str | None = None) -> None:
+        try:
+            train(load_config(base, overrides), resume)
+            said[name] = "went well"
+        except UserError as error:
+            said[name] = str(error)
+
+    runs = Path(base).parent / "runs"
+    steps = ["--data.workers", "0", "--logging.tensorboard", "false"]
+    attempt("no such checkpoint", resume=str(runs / "whale"))
+    attempt("other architecture", "--model.width", "48", "--model.layers.1.kind", "mome", resume="auto")
+    attempt("other stage", "--engine.zero_stage", "2", resume="auto")
+    attempt("fp16", *steps, "--run_dir", str(runs / "fp16"), "--engine.precision", "fp16")
+    attempt("batch", *steps, "--run_dir", str(runs / "batch"), "--engine.micro_batch_size", "3")
+    attempt("no data", "--run_dir", str(runs / "data"), "--data.train.shards", str(runs / "absent"))
+    attempt("diverged", *steps, "--run_dir", str(runs / "nan"), "--optimizer.lr", "1e30", "--optimizer.warmup", "0",
+            "--optimizer.clip_norm", "null", "--checkpoint.every", "1")  # fmt: skip
+
+    full = ["--run_dir", str(runs / "full"), *steps, "--evaluation.at_start", "false"]
+    attempt("before the disk is full", *full, "--steps", "2")
+    unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, unlimited[1]))  # less than a checkpoint, more than metrics
+    attempt("disk full", *full, "--steps", "4", resume="auto")
+    said["left by a full disk"] = " ".join(_names(runs / "full" / "checkpoints"))
+    resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
+    attempt("disk free again", *full, "--steps", "4", resume="auto")
+
+    copy = runs / "damaged"
+    shutil.copytree(runs / "full", copy)
+    file = next((copy / "checkpoints" / "step-000004").glob("*_optim_states.pt"))
+    file.write_bytes(file.read_bytes()[:1000])
+    attempt("damaged", *full[2:], "--run_dir", str(copy), "--steps", "6", resume="auto")
+    return said
+
+
+@pytest.fixture(scope="module")
+def said(config, whole) -> dict[str, str]:
+    sys.path.insert(0, str(Path(__file__).parents[1] / "distributed"))
+    from harness import run_distributed_test
+
+    return run_distributed_test(_misadventures, 1, args=(str(config),), timeout=300)[0]
+
+
+def test_checkpoint_that_is_not_there(said):
+    assert "--resume: folder" in said["no such checkpoint"] and "Did you mean 'whole'?" in said["no such checkpoint"]
+
+
+def test_checkpoint_of_another_architecture(said):
+    text = said["other architecture"]
+    assert "the checkpoint is of another run than this config" in text
+    assert "model.width: checkpoint 32, this run 48" in text
+    assert 'model.layers.1.kind: checkpoint "shared", this run "mome"' in text
+    assert "engine.zero_stage: checkpoint 1, this run 2" in said["other stage"]
+
+
+def test_run_that_cannot_start_leaves_nothing(said, config):
+    assert "'fp16' needs CUDA" in said["fp16"]
+    assert "engine.micro_batch_size: 3 does not divide" in said["batch"]
+    assert "absent" in said["no data"]
+    for name in ("fp16", "batch", "data"):
+        assert not (config.parent / "runs" / name).exists()
+
+
+def test_loss_that_is_not_finite_ends_the_run_before_it_is_saved(said, config):
+    assert "became" in said["diverged"] and "on rank(s) 0" in said["diverged"]
+    from mmd2v.train.checkpoint import complete_checkpoints
+
+    assert len(complete_checkpoints(config.parent / "runs" / "nan" / "checkpoints")) <= 1
+
+
+def test_full_disk_keeps_the_checkpoint_before(said):
+    assert said["before the disk is full"] == "went well"
+    assert "step-000004: the checkpoint could not be written (rank 0: the disk is full" in said["disk full"]
+    assert "the newest checkpoint is still" in said["disk full"]
+    assert said["left by a full disk"] == "step-000002"
+    assert said["disk free again"] == "went well"
+
+
+def test_damaged_checkpoint_is_named(said):
+    assert "damaged/checkpoints/step-000004: the checkpoint is damaged" in said["damaged"]
+
+
+# --------------------------------------------------------------------------------- launcher, dry run
+
+
+def test_two_processes_under_the_deepspeed_launcher(config, whole):
+    launcher = Path(sys.executable).with_name("deepspeed")
+    run_dir = config.parent / "runs" / "launched"
+    command = [str(launcher), "--num_accelerators", "2", "--module", "mmd2v", "train", str(config)]
+    overrides = ["--run_dir", run_dir, "--steps", 4, "--engine.zero_stage", 2, "--evaluation.at_start", "false"]
+    result = subprocess.run(
+        [*command, *map(str, overrides)],
+        env={**ENVIRONMENT, "DS_ACCELERATOR": "cpu", "PATH": f"{launcher.parent}:{os.environ['PATH']}"},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+    )
+    assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-3000:]
+    assert '"ranks": 2' in (run_dir / "environment.json").read_text()
+    assert sorted(_losses(run_dir)) == [1, 2, 3, 4]
+    assert len([line for line in result.stdout.splitlines() if line.startswith("step 1/4 ")]) == 1
+    assert len(list((run_dir / "checkpoints" / "step-000004").glob("*_optim_states.pt"))) == 2
+
+
+def test_dry_run_prints_and_touches_nothing(config, tmp_path):
+    before = sorted(config.parent.rglob("*"))
+    missing = ["--data.train.shards", str(tmp_path / "absent"), "--run_dir", str(tmp_path / "run")]
+    result = _mmd2v("train", config, "--dry-run", *missing, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    for part in (
+        "micro_batch_size: 4",
+        "1 rank × 4 images × 2 accumulation = 8 images a step",
+        "data.train: size unknown",
+        f"{STEPS} steps = {STEPS * 8} images",
+        "encoders.image",
+        "teachers.resnet",
+        "optimiser: torch.optim.AdamW (fused)",
+        "contrastive_loss",
+        "forward, backward and update in",
+    ):
+        assert part in result.stdout
+    assert list(tmp_path.iterdir()) == []
+    assert sorted(config.parent.rglob("*")) == before

@@ -1,0 +1,76 @@
+import json
+import shutil
+
+import pytest
+from data_samples import encoded, make_shards, write_json, write_tar
+
+from mmd2v.data.check import check_shards
+from mmd2v.data.shards import INDEX_SUFFIX
+from mmd2v.errors import UserError
+
+
+@pytest.fixture
+def shards(tmp_path):
+    return make_shards(tmp_path / "set", 12, 5)
+
+
+def test_good_shards(shards):
+    report = check_shards(str(shards))
+    assert report.problems == []
+    assert (report.shards, report.images, report.captions) == (3, 12, 36)
+    assert (report.fewest_captions, report.most_captions) == (3, 3)
+    assert "12 readable images" in str(report) and "0 problems" in str(report)
+
+
+def test_unreadable_members_are_named(tmp_path):
+    meta = b'{"captions": ["x"]}'
+    members = [
+        ("a.jpg", encoded(0)),
+        ("a.json", meta),
+        ("b.jpg", encoded(1)[:90]),
+        ("b.json", meta),
+        ("c.jpg", encoded(2)),
+        ("d.json", meta),
+        ("e.jpg", encoded(3)),
+        ("e.json", b'{"captions": []}'),
+    ]
+    path = write_tar(tmp_path / "x.tar", members)
+    report = check_shards(str(path))
+    assert (report.images, len(report.problems)) == (1, 4)
+    for problem, (key, text) in zip(
+        report.problems, [("b", "decode"), ("c", "no .json"), ("d", "no image"), ("e", "no caption")], strict=True
+    ):
+        assert problem.startswith(f"{path}: sample {key}: ") and text in problem
+
+
+def test_duplicate_ids_over_shards(shards, tmp_path):
+    shutil.copy(shards / "shard-000002.tar", tmp_path / "copy.tar")
+    problems = check_shards([str(shards), str(tmp_path / "copy.tar")]).problems
+    assert len(problems) == 2
+    assert "copy.tar: sample sample-0010: duplicate id, also of" in problems[0]
+    assert "shard-000002.tar: sample sample-0010" in problems[0]
+
+
+def test_damaged_and_replaced_shards(shards):
+    path = shards / "shard-000001.tar"
+    path.write_bytes(path.read_bytes()[:5000])
+    problems = check_shards(str(shards)).problems
+    assert any("shard-000001.tar: not a readable, uncompressed tar" in problem for problem in problems)
+    assert any("lists 5 samples in shard-000001.tar, found 0" in problem for problem in problems)
+    path.unlink()
+    assert any(
+        "lists shard-000001.tar, which is not there" in problem for problem in check_shards(str(shards)).problems
+    )
+
+
+def test_wrong_index(shards):
+    index = shards / f"shard-000000.tar{INDEX_SUFFIX}"
+    record = json.loads(index.read_text())
+    record["samples"][0][1] += 512
+    write_json(index, record)
+    assert any("does not describe the shard" in problem for problem in check_shards(str(shards)).problems)
+
+
+def test_no_shards_is_an_error(tmp_path):
+    with pytest.raises(UserError):
+        check_shards(str(tmp_path / "none"))

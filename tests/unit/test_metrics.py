@@ -1,0 +1,101 @@
+"""Meter, stopwatch, metrics file and the lines of a run."""
+
+import json
+import time
+
+import pytest
+import torch
+
+from mmd2v.distributed.environment import World
+from mmd2v.errors import UserError
+from mmd2v.train.metrics import LossMeter, Reporter, Stopwatch, forget_after, read_metrics, short_name
+
+ALONE = World(0, 1, 0, torch.device("cpu"), "gloo")
+VALUES = {
+    "loss": 1.5,
+    "loss/cls_regression_loss/image": 0.25,
+    "learning_rate": 1e-3,
+    "throughput(samples/s)": 120.0,
+    "time/data(%)": 3.2,
+    "time/eta(s)": 3725.0,
+    "memory(GB)": 1.25,
+}
+
+
+def test_meter_averages_micro_batches_and_starts_over():
+    meter = LossMeter()
+    assert meter.read(1) == {}
+    for value in (1.0, 2.0):
+        meter.add({"loss": torch.tensor(value, requires_grad=True), "a": torch.tensor(3 * value)})
+    assert meter.read(2) == {"loss": 1.5, "a": 4.5}
+    assert meter.read(2) == {"loss": 1.5, "a": 4.5}
+    meter.reset()
+    meter.add({"loss": torch.tensor(7.0)})
+    assert meter.read(3) == {"loss": 7.0}
+
+
+def test_meter_refuses_what_is_not_finite():
+    meter = LossMeter()
+    meter.add({"loss": torch.tensor(float("nan")), "a": torch.tensor(1.0)})
+    with pytest.raises(UserError, match=r"step 7: loss became nan on rank\(s\) 0; try a lower optimizer.lr"):
+        meter.read(7)
+
+
+def test_stopwatch_leaves_pauses_out():
+    watch = Stopwatch()
+    time.sleep(0.02)
+    watch.waited(0.01)
+    assert watch.working >= 0.02
+    before = watch.working
+    watch.paused(0.015)
+    assert watch.working < before
+    watch.reset()
+    assert watch.waiting == 0
+
+
+def test_reporter_writes_file_and_lines(tmp_path, capsys):
+    reporter = Reporter(tmp_path, ALONE, steps=10, first_step=0, tensorboard=False)
+    reporter.record(5, VALUES)
+    reporter.training_line(5, VALUES)
+    reporter.close()
+    assert read_metrics(tmp_path / "metrics.jsonl") == [{"step": 5, **VALUES}]
+    line = capsys.readouterr().out.strip()
+    assert line == (
+        "step 5/10  loss 1.5000  cls_regression/image 0.2500  lr 1.00e-03  120.0 samples/s  data 3%  1.25 GB  "
+        "ETA 1:02:05"
+    )
+
+
+def test_other_ranks_are_silent(tmp_path, capsys):
+    reporter = Reporter(tmp_path, World(1, 2, 1, torch.device("cpu"), "gloo"), 10, 0, tensorboard=True)
+    reporter.record(1, VALUES)
+    reporter.say("something")
+    reporter.close()
+    assert list(tmp_path.iterdir()) == []
+    assert capsys.readouterr().out == ""
+
+
+def test_tensorboard_has_the_same_names(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    reporter = Reporter(tmp_path, ALONE, 10, 0, tensorboard=True)
+    reporter.record(5, VALUES)
+    reporter.close()
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert len(events.Tags()["scalars"]) == len(VALUES)
+    assert events.Scalars("loss")[0].value == 1.5
+
+
+def test_resumed_run_rewrites_what_came_after(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text("".join(json.dumps({"step": step}) + "\n" for step in (1, 2, 3)) + '{"step": 4, "lo')
+    assert [record["step"] for record in read_metrics(path)] == [1, 2, 3]
+    forget_after(path, 2)
+    assert path.read_text() == '{"step": 1}\n{"step": 2}\n'
+    forget_after(tmp_path / "absent.jsonl", 2)
+
+
+def test_names_on_a_line_are_short():
+    assert short_name("loss/cls_regression_loss/image") == "cls_regression/image"
+    assert short_name("loss") == "loss"

@@ -6,10 +6,13 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import tyro
 from tyro.conf import Positional, arg
+
+from mmd2v.data.sources import Format
+from mmd2v.data.tokenizers import VocabularyKind
 
 _SHARDS_HELP = "A folder of .tar files, a path with {000..007} braces or wildcards; one or more."
 
@@ -24,7 +27,7 @@ class Pack:
     """Folder to create."""
     images: Annotated[Path | None, arg(metavar="DIR|TAR")] = None
     """Folder or uncompressed .tar of the images; by default the folder of SOURCE."""
-    format: Literal["auto", "flickr", "coco", "karpathy", "csv", "folder"] = "auto"
+    format: Format = "auto"
     """Format of SOURCE; auto looks at the file."""
     split: Annotated[tuple[str, ...], arg(metavar="NAME ...")] = ()
     """Splits to take from a Karpathy file, for example: --split train restval."""
@@ -120,7 +123,7 @@ class Tokenizer:
     shards: Annotated[Positional[tuple[str, ...]], arg(metavar="SHARDS ...", help=_SHARDS_HELP)]
     out: Path
     """File to create."""
-    kind: Literal["wordlevel", "wordpiece", "bpe"] = "wordpiece"
+    kind: VocabularyKind = "wordpiece"
     """wordlevel: whole words; wordpiece: BERT's pieces; bpe: byte pairs, which know no unknown word."""
     vocab_size: int = 8192
     """Most entries, special tokens included."""

@@ -63,8 +63,9 @@ def expand_shards(spec: str | Sequence[str]) -> list[str]:
 def _expand_item(item: str) -> list[str]:
     if "://" in item:
         raise UserError(f"shards: found the address {item}, expected a local path")
+    item = os.path.expanduser(item)
     try:
-        names = list(braceexpand.braceexpand(os.path.expanduser(item)))
+        names = [item] if os.path.exists(item) else list(braceexpand.braceexpand(item))
     except ValueError as error:
         raise UserError(f"shards: unbalanced braces in {item!r}: {error}") from None
     paths: list[str] = []
@@ -76,7 +77,7 @@ def _expand_item(item: str) -> list[str]:
                 raise UserError(f"shards: folder {name} holds no .tar file")
             paths += [os.path.join(name, entry) for entry in inside]
             continue
-        if any(character in name for character in "*?["):
+        if any(character in name for character in "*?[") and not os.path.exists(name):
             matches = glob.glob(name, recursive=True)
             if not matches:
                 raise UserError(f"shards: no file matches {name}")

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 import os
+import signal
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -84,7 +85,19 @@ class Loader:
         )
 
     def __iter__(self) -> Iterator[Batch]:
-        for item in self._loader:
+        batches = iter(self._loader)
+        while True:
+            try:
+                item = next(batches)
+            except StopIteration:
+                return
+            except RuntimeError as error:
+                if "DataLoader worker" not in str(error):
+                    raise
+                raise UserError(
+                    f"a loader process died ({str(error).splitlines()[0]}): most often the machine ran out of memory or "
+                    "of shared memory (/dev/shm); lower data.workers or data.prefetch"
+                ) from error
             if isinstance(item, _Failure):
                 raise UserError(item.message)
             yield item
@@ -99,6 +112,8 @@ class Loader:
 def _start_worker(worker: int) -> None:
     # One process a core: more threads in each would only fight.
     torch.set_num_threads(1)
+    # Ctrl-C goes to the whole group; the training process answers it and ends its workers.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _worker_share() -> tuple[int, int]:

@@ -17,5 +17,6 @@ def chance_recall(candidates: int, positives: Iterable[int], k: int) -> float:
     for count in positives:
         counts[count] = counts.get(count, 0) + 1
     total = comb(candidates, k)
-    hit = sum(number * (1 - comb(candidates - count, k) / total) for count, number in counts.items())
-    return hit / sum(counts.values())
+    # In whole numbers to the last division, which is correctly rounded.
+    hits = sum(number * (total - comb(candidates - count, k)) for count, number in counts.items())
+    return hits / (total * sum(counts.values()))

@@ -88,6 +88,8 @@ def test_specifications(shards):
     assert names(expand_shards(folder)) == every
     assert names(expand_shards(f"{folder}/shard-{{000000..000002}}.tar")) == every
     assert names(expand_shards(f"{folder}/shard-*.tar")) == every
+    odd = make_shards(shards.parent / "odd [1]{a", 1, 1)
+    assert names(expand_shards(str(odd))) == names(expand_shards(str(odd / every[0]))) == every[:1]
     assert names(expand_shards([f"{folder}/shard-000002.tar", f"{folder}/shard-00000[01].tar"])) == [
         every[2],
         *every[:2],

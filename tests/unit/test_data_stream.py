@@ -218,6 +218,15 @@ def test_workers_end_with_the_iteration(folder):
     assert len(multiprocessing.active_children()) == before
 
 
+def test_a_killed_worker_is_a_clear_error(folder):
+    iterator = iter(evaluate(folder, workers=1, batch_size=1))
+    next(iterator)
+    (worker,) = multiprocessing.active_children()
+    worker.kill()
+    with pytest.raises(UserError, match=r"a loader process died .*data\.workers"):
+        list(iterator)
+
+
 def test_the_pipeline_can_be_sent_to_a_spawned_process(folder):
     loader = evaluate(folder)
     again = pickle.loads(pickle.dumps(loader._loader.dataset))

@@ -40,10 +40,10 @@ def test_images_are_found_in_subfolders_in_order(tmp_path):
         "below/photo0.jpg",
         *(f"photo{i}.{('jpg', 'png', 'webp')[i % 3]}" for i in range(1, 6)),
     ]
-    with pytest.raises(UserError, match="is no folder. Did you mean 'photos'"):
+    with pytest.raises(UserError, match=r"is no folder\. Did you mean 'photos'"):
         list_images(tmp_path / "photo")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match="no image in .*empty or below; looked for .jpg"):
+    with pytest.raises(UserError, match=r"no image in .*empty or below; looked for \.jpg"):
         list_images(tmp_path / "empty")
 
 

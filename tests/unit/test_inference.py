@@ -111,7 +111,9 @@ def test_bad_texts_are_named(encoder):
 
 def test_absent_modality_device_and_precision(folder, tmp_path):
     only_image = {"image": {"kind": "patch", "patch_size": 8}}
-    encoder = mmd2v.load(small_export(tmp_path, model__encoders=only_image, objectives=[]))
+    objectives = [{"kind": "attributes", "classes": 4}]
+    changes = {"model__encoders": only_image, "objectives": objectives, "data__labels": "attributes"}
+    encoder = mmd2v.load(small_export(tmp_path, **changes))
     with pytest.raises(UserError, match="has no text modality, only image"):
         encoder.encode_text(["red"])
     with pytest.raises(UserError, match="device: found 'gpu'"):

@@ -20,7 +20,8 @@ setup(
     package_dir={"mmd2v": "mmd2v", "mmd2v_kernels": "kernels/mmd2v_kernels"},
     install_requires=[
         "torch>=2.10",
-        "torchvision>=0.25",
+        # Its image decoding and encoding are announced to move to another package after 0.29.
+        "torchvision>=0.25,<0.30",
         "deepspeed>=0.19",
         "webdataset>=1.0",
         "timm>=1.0.20",

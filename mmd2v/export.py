@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from transformers import AutoConfig
 
 from mmd2v.config.load import dump_config, load_config
-from mmd2v.config.schema import Config, EncoderConfig
+from mmd2v.config.schema import AnyEncoder, Config
 from mmd2v.data.tokenizers import Tokenizer, load_tokenizer
 from mmd2v.errors import UserError, nearest
 from mmd2v.files import atomic_path, write_text
@@ -143,7 +143,7 @@ def _portable_config(config: Config, tokenizer: Tokenizer | None, folder: Path) 
     return config.model_copy(update={"run_dir": config.name, "data": data, "model": model, "teachers": teachers})
 
 
-def _portable_encoder(name: str, encoder: EncoderConfig, folder: Path) -> EncoderConfig:
+def _portable_encoder(name: str, encoder: AnyEncoder, folder: Path) -> AnyEncoder:
     if encoder.kind == "hf":
         relative = Path(_ENCODERS_FOLDER) / name
         AutoConfig.from_pretrained(encoder.name).save_pretrained(folder / relative)

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -170,7 +170,8 @@ def resolve_device(device: str | torch.device) -> torch.device:
     return found
 
 
-def _chunks(items: Sequence | torch.Tensor, size: int) -> Iterator[tuple[int, Sequence]]:
+def _chunks(items: Any, size: int) -> Iterator[tuple[int, Any]]:
+    """Yield (index of the first item, ``size`` items) of a sequence or tensor."""
     if size < 1:
         raise UserError(f"batch_size: found {size}, expected at least 1")
     for start in range(0, len(items), size):

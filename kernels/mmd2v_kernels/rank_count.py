@@ -88,13 +88,11 @@ def count_ahead(
             here_2P = near_2P[:, (near_2P[1] >= left) & (near_2P[1] < right)]
             scores_nm[here_2P[0] - top, here_2P[1] - left] = -torch.inf
 
-            unsure = row.count(scores_nm, row.threshold[top:bottom, None], error, dim=1, offset=top)
-            unsure_row = unsure[0] + top, unsure[1] + left
-            row.settle(*unsure_row, exact_pairs(queries_ND, bank_MD, *unsure_row))
+            r, c = row.count(scores_nm, row.threshold[top:bottom, None], error, dim=1, offset=top)
+            row.settle(r + top, c + left, exact_pairs(queries_ND, bank_MD, r + top, c + left))
 
-            unsure = column.count(scores_nm, column.threshold[None, left:right], error, dim=0, offset=left)
-            unsure_column = unsure[0] + top, unsure[1] + left
-            column.settle(*reversed(unsure_column), exact_pairs(queries_ND, bank_MD, *unsure_column))
+            r, c = column.count(scores_nm, column.threshold[None, left:right], error, dim=0, offset=left)
+            column.settle(c + left, r + top, exact_pairs(queries_ND, bank_MD, r + top, c + left))
     return RankCounts(row.counts, column.counts)
 
 

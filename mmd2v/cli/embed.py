@@ -47,6 +47,7 @@ def main(argv: Sequence[str]) -> int:
     if command.images is not None:
         shape = embed_images(encoder, command.images, command.out, command.batch_size)
     else:
+        assert command.texts is not None  # checked above
         shape = embed_texts(encoder, command.texts, command.out, command.batch_size)
     print(f"{command.out}: {shape[0]:,} embeddings of width {shape[1]}")
     return 0

@@ -51,6 +51,7 @@ def _help() -> str:
 
 def main(argv: Sequence[str]) -> int:
     """Run the command that ``argv`` names and return the exit status; a UserError is printed without traceback."""
+    argv = _without_local_rank(argv)
     try:
         if not argv or argv[0] in ("-h", "--help"):
             print(_help())
@@ -62,12 +63,17 @@ def main(argv: Sequence[str]) -> int:
             return 0
         if argv[0] not in COMMANDS:
             raise unknown_name("mmd2v", argv[0], COMMANDS)
-        return importlib.import_module(COMMANDS[argv[0]].module).main(list(argv[1:]))
+        return importlib.import_module(COMMANDS[argv[0]].module).main(argv[1:])
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return USER_ERROR_STATUS
     except KeyboardInterrupt:
         return INTERRUPT_STATUS
+
+
+def _without_local_rank(argv: Sequence[str]) -> list[str]:
+    """Drop ``--local_rank=N``, which the deepspeed launcher puts first; the environment says the same."""
+    return [argument for argument in argv if not argument.startswith(("--local_rank=", "--local-rank="))]
 
 
 def run() -> None:

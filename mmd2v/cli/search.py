@@ -52,7 +52,7 @@ def main(argv: Sequence[str]) -> int:
     if command.top < 1:
         raise UserError(f"--top: found {command.top}, expected at least 1")
     encoder = load(command.model, command.device, command.precision)
-    query = encoder.encode_text([command.text]) if command.text is not None else encoder.encode_image([command.image])
+    query = encoder.encode_image([command.image]) if command.image else encoder.encode_text([command.text or ""])
     gallery = open_gallery(encoder, command.model, command.images, command.cache)
     for message in gallery.unreadable:
         print(f"skipped {message}", file=sys.stderr)
@@ -64,11 +64,11 @@ def main(argv: Sequence[str]) -> int:
     for rank, (score, path) in enumerate(results, 1):
         print(f"{rank:>3}  {score:6.3f}  {path}")
     if command.picture is not None:
-        shown = command.text if command.text is not None else Image.open(command.image)
+        shown = Image.open(command.image) if command.image else command.text or ""
         write_retrieval_picture(
             command.picture, [PictureRow(shown, [Found(Image.open(path), score) for score, path in results])]
         )
     if gallery.unreadable:
-        print(f"{len(gallery.unreadable)} of {len(gallery.paths) + len(gallery.unreadable)} images skipped: unreadable",
-              file=sys.stderr)  # fmt: skip
+        total = len(gallery.paths) + len(gallery.unreadable)
+        print(f"{len(gallery.unreadable)} of {total} images skipped: unreadable", file=sys.stderr)
     return 0

@@ -14,7 +14,7 @@ from mmd2v.cli.main import INTERRUPT_STATUS, USER_ERROR_STATUS
 from mmd2v.config.load import load_config, split_overrides
 from mmd2v.errors import UserError
 
-_OWN_FLAGS = {"--dry-run": False, "--resume": True, "--help": False, "--local-rank": True}
+_OWN_FLAGS = {"--dry-run": False, "--resume": True, "--help": False}
 """Flags of the command itself → whether a value follows. Everything else overrides a key of the config."""
 
 _MORE = """Any key of the config can be set as --a.b VALUE, list items as --model.layers.0.count 3.
@@ -36,9 +36,7 @@ class Arguments:
 def main(argv: Sequence[str]) -> int:
     """Run the command; return the exit status."""
     own, overrides = split_overrides(argv, _OWN_FLAGS)
-    arguments = tyro.cli(
-        Arguments, prog="mmd2v train", description=f"{Arguments.__doc__}\n\n{_MORE}", args=_without_local_rank(own)
-    )
+    arguments = tyro.cli(Arguments, prog="mmd2v train", description=f"{Arguments.__doc__}\n\n{_MORE}", args=own)
     try:
         config = load_config(arguments.config, overrides)
         if arguments.dry_run:
@@ -49,6 +47,9 @@ def main(argv: Sequence[str]) -> int:
             from mmd2v.train.loop import train
 
             train(config, arguments.resume)
+        from mmd2v.distributed.environment import shutdown
+
+        shutdown()
     except UserError as error:
         return _report(error)
     except KeyboardInterrupt:
@@ -64,18 +65,3 @@ def _report(error: UserError) -> int:
     if not isinstance(error, ReportedByMainRank):
         print(f"error: {error}" if rank == "0" else f"error (rank {rank}): {error}", file=sys.stderr)
     return USER_ERROR_STATUS
-
-
-def _without_local_rank(arguments: Sequence[str]) -> list[str]:
-    """Drop ``--local_rank=N``, which the deepspeed launcher appends; the environment says the same."""
-    kept: list[str] = []
-    skip = False
-    for argument in arguments:
-        flag, equals, _ = argument.partition("=")
-        if skip:
-            skip = False
-        elif flag.replace("_", "-") == "--local-rank":
-            skip = not equals
-        else:
-            kept.append(argument)
-    return kept

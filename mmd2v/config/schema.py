@@ -282,6 +282,7 @@ class AttributesConfig(ObjectiveConfig):
     kind: Literal["attributes"] = "attributes"
     modality: str = Field("image", description="whose pooled output is classified")
     classes: PositiveInt = Field(description="length of the label vector named by data.labels")
+    prior: float = Field(0.5, gt=0, lt=1, description="probability every attribute starts with")
 
 
 AnyObjective = Annotated[CLSRegressionConfig | ContrastiveConfig | AttributesConfig, Field(discriminator="kind")]

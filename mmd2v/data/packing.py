@@ -80,6 +80,9 @@ def pack(
     Raises:
         UserError: anything wrong with the input or the disk; nothing is left behind then.
     """
+    for flag, value in (("--shard-size", shard_size), ("--resize", resize)):
+        if value is not None and value < 1:
+            raise UserError(f"{flag}: found {value}, expected at least 1")
     check_new_folder(out)
     records = read_source(source, format, splits, image_column, caption_column)
     path = Path(source).expanduser()

@@ -23,6 +23,7 @@ from typing import Any
 import braceexpand
 import numpy as np
 
+from mmd2v.data.captions import meta_captions, parse_meta, text_captions
 from mmd2v.errors import UserError, nearest
 from mmd2v.files import write_text
 
@@ -271,52 +272,6 @@ def _parse_captions(data: bytes, column: int, where: str) -> tuple[tuple[str, ..
         return text_captions(data, where), {}
     meta = parse_meta(data, where)
     return meta_captions(meta, where), meta
-
-
-def parse_meta(data: bytes, where: str) -> dict[str, Any]:
-    """Decode a sample's JSON object, or raise a UserError that starts with ``where``."""
-    try:
-        meta = json.loads(data)
-    except ValueError as error:
-        raise UserError(f"{where}: its .json does not parse: {error}") from None
-    if not isinstance(meta, dict):
-        raise UserError(f"{where}: its .json holds a {type(meta).__name__}, expected an object with 'captions'")
-    return meta
-
-
-def meta_captions(meta: dict[str, Any], where: str) -> tuple[str, ...]:
-    """Take the captions out of a sample's JSON object (``captions``: a list, or ``caption``: a list or one string)."""
-    captions = meta.get("captions", meta.get("caption"))
-    if captions is None:
-        raise UserError(f"{where}: its .json has neither 'captions' nor 'caption', found {sorted(meta)}")
-    return check_captions([captions] if isinstance(captions, str) else captions, where)
-
-
-def text_captions(data: bytes, where: str) -> tuple[str, ...]:
-    """Split a caption file: every line that is not blank is a caption."""
-    try:
-        lines = data.decode("utf-8").splitlines()
-    except UnicodeDecodeError as error:
-        raise UserError(f"{where}: its captions are not UTF-8: {error}") from None
-    return check_captions([line for line in lines if line.strip()], where)
-
-
-def check_captions(captions: Any, where: str) -> tuple[str, ...]:
-    """Return the captions without surrounding white space.
-
-    Raises:
-        UserError: not a list, no caption at all, or one that is empty or no string; starts with ``where``.
-    """
-    if not isinstance(captions, (list, tuple)):
-        raise UserError(f"{where}: found captions of type {type(captions).__name__}, expected a list of strings")
-    if not captions:
-        raise UserError(f"{where}: no caption, expected at least one")
-    for number, caption in enumerate(captions):
-        if not isinstance(caption, str):
-            raise UserError(f"{where}: caption {number} is a {type(caption).__name__}, expected a string")
-        if not caption.strip():
-            raise UserError(f"{where}: caption {number} is empty")
-    return tuple(caption.strip() for caption in captions)
 
 
 class ShardSet:

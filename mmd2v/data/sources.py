@@ -20,7 +20,8 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
-from mmd2v.data.shards import IMAGE_SUFFIXES, check_captions, text_captions
+from mmd2v.data.captions import check_captions, text_captions
+from mmd2v.data.shards import IMAGE_SUFFIXES
 from mmd2v.errors import UserError, nearest, unknown_name
 
 Format = Literal["auto", "flickr", "coco", "karpathy", "csv", "folder"]

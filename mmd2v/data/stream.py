@@ -95,8 +95,8 @@ class Loader:
                 if "DataLoader worker" not in str(error):
                     raise
                 raise UserError(
-                    f"a loader process died ({str(error).splitlines()[0]}): most often the machine ran out of memory or "
-                    "of shared memory (/dev/shm); lower data.workers or data.prefetch"
+                    f"a loader process died ({str(error).splitlines()[0]}): most often the machine ran out of memory "
+                    "or of shared memory (/dev/shm); lower data.workers or data.prefetch"
                 ) from error
             if isinstance(item, _Failure):
                 raise UserError(item.message)

@@ -18,15 +18,15 @@ class ReportedByMainRank(UserError):
 def from_main_rank(decide: Callable[[], Result]) -> Result:
     """Run ``decide`` on rank 0 and return its (picklable) result on every rank.
 
-    A UserError of rank 0 is raised on every rank, so that none is left waiting: there as it is, elsewhere as
+    An error of rank 0 is raised on every rank, so that none is left waiting: there as it is, elsewhere as
     `ReportedByMainRank`.
     """
     outcome: tuple[Result | None, str | None] = (None, None)
-    error: UserError | None = None
+    error: Exception | None = None
     if rank() == 0:
         try:
             outcome = (decide(), None)
-        except UserError as problem:
+        except Exception as problem:
             error = problem
             outcome = (None, str(problem))
     result, message = broadcast_object(outcome)

@@ -56,9 +56,9 @@ def encode_set(student: Encode, loader: Iterable[Batch], device: torch.device, *
     owners: list[torch.Tensor] = []
     ids: list[torch.Tensor] = []
     seen = 0
-    training = isinstance(student, nn.Module) and student.training
-    if isinstance(student, nn.Module):
-        student.eval()
+    module = student if isinstance(student, nn.Module) else nn.Module()
+    training = module.training
+    module.eval()
     try:
         with torch.no_grad():
             for batch, is_own in _in_step(loader):
@@ -70,8 +70,7 @@ def encode_set(student: Encode, loader: Iterable[Batch], device: torch.device, *
                     ids.append(_id_hashes(batch.sample_ids).to(device))
                     seen += len(batch)
     finally:
-        if training:
-            student.train()
+        module.train(training)
     own_images, own_texts, own_ids, own_owners = (torch.cat(rows) for rows in (images, texts, ids, owners))
     _check_rows(images=(own_images, own_ids), captions=(own_texts, own_owners))
     _check_finite({image: own_images, text: own_texts})

@@ -13,7 +13,7 @@ from torch import nn
 
 from mmd2v.config.schema import Config, ModelConfig, ProjectionConfig
 from mmd2v.data.batch import Batch
-from mmd2v.data.tokenizers import Tokenizer
+from mmd2v.data.tokenizers import Tokenizer, check_ids
 from mmd2v.models.encoders import ENCODERS, LIBRARY_PARTS, EncoderContext
 from mmd2v.models.initialisation import init_from_sources, init_random
 from mmd2v.models.layers import Layer
@@ -75,7 +75,12 @@ class Student(nn.Module):
         return self._encode(batch, "image")
 
     def encode_text(self, ids: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
-        """Return the embeddings [N, E] of packed token ids [S] whose caption lengths [N] are on the host."""
+        """Return the embeddings [N, E] of packed token ids [S] whose caption lengths [N] are on the host.
+
+        Raises UserError for an id outside the vocabulary.
+        """
+        if ids.device.type == "cpu":  # on a GPU the check would wait for the device
+            check_ids(ids.numpy(), self._encoder("text").vocab_size, "ids")
         images = torch.zeros(0, 3, 1, 1, dtype=torch.uint8, device=ids.device)
         batch = Batch(images, ids, lengths, torch.zeros(len(lengths), dtype=torch.int64, device=ids.device))
         return self._encode(batch, "text")
@@ -94,8 +99,14 @@ class Student(nn.Module):
         return Packed(rows.take(layout), layout), features
 
     def _encode(self, batch: Batch, kind: str) -> torch.Tensor:
-        name = next(name for name, encoder_input in self.inputs.items() if encoder_input == kind)
+        name = self._name(kind)
         return self(batch, (name,)).embedding[name]
+
+    def _encoder(self, kind: str) -> nn.Module:
+        return self.encoders[self._name(kind)]
+
+    def _name(self, kind: str) -> str:
+        return next(name for name, encoder_input in self.inputs.items() if encoder_input == kind)
 
     def _pool(self, tokens: Packed, modality: str) -> torch.Tensor:
         rows_RD, layout = tokens[modality], tokens.layout

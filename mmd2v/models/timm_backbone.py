@@ -11,18 +11,19 @@ from safetensors.torch import load_file
 from torch import nn
 
 from mmd2v.errors import UserError, unknown_name
+from mmd2v.models.folding import fold_batch_norms
 
 EXPORTED_PREFIX = "encoders.image.backbone."
 """Where an export of ours holds the backbone of its image encoder."""
 
 
 def create_backbone(
-    name: str, *, weights: str | None, kwargs: dict[str, Any], published: bool, where: str
+    name: str, *, weights: str | None, kwargs: dict[str, Any], published: bool, frozen: bool, where: str
 ) -> nn.Module:
     """Build ``name`` and load its weights: from a file or export, else (``published``) timm's own download.
 
-    The classifier is removed after loading. Raises UserError, beginning with ``where``, for an unknown name, a
-    missing file or weights of another architecture.
+    The classifier is removed after loading; the batch norms of a ``frozen`` model are folded. Raises UserError that
+    begins with ``where`` for an unknown name, a missing file or weights of another architecture.
     """
     if name not in timm.list_models():
         raise unknown_name(where, name, timm.list_models())
@@ -38,7 +39,7 @@ def create_backbone(
     if weights is not None:
         _load(model, Path(weights), where)
     model.reset_classifier(0)
-    return model
+    return fold_batch_norms(model) if frozen else model
 
 
 def _load(model: nn.Module, path: Path, where: str) -> None:

@@ -5,6 +5,7 @@ Shapes: B samples, A attributes.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import torch
@@ -20,19 +21,23 @@ from mmd2v.objectives.base import Objective
 
 
 class Attributes(Objective):
-    """Binary cross-entropy summed over the attributes and averaged over the samples."""
+    """Mean binary cross-entropy over attributes and samples.
+
+    Logits start at the log-odds of ``prior``: from zero, the first hundreds of steps would only learn that most
+    attributes are absent (Lin et al. 2017, section 3.3).
+    """
 
     def __init__(self, config: AttributesConfig, student: Student, teachers: Mapping[str, Teacher], where: str) -> None:
         super().__init__(config, student, teachers, where)
         self.config = config
         self.where = where
         self.head = nn.Linear(student.config.width, config.classes)
+        self.offset = math.log(config.prior / (1 - config.prior))
 
     def forward(self, output: StudentOutput, targets: Mapping[str, Targets], batch: Batch) -> dict[str, torch.Tensor]:
         """Return ``attributes_loss``."""
         if batch.labels is None or batch.labels.shape[1] != self.config.classes:
             found = "none" if batch.labels is None else batch.labels.shape[1]
             raise UserError(f"{self.where}.classes: samples carry {found} labels, expected {self.config.classes}")
-        logits_BA = self.head(output.pooled[self.config.modality]).float()
-        loss = F.binary_cross_entropy_with_logits(logits_BA, batch.labels, reduction="sum") / len(batch)
-        return {"attributes_loss": loss}
+        logits_BA = self.head(output.pooled[self.config.modality]).float() + self.offset
+        return {"attributes_loss": F.binary_cross_entropy_with_logits(logits_BA, batch.labels)}

@@ -9,7 +9,7 @@ from pathlib import Path
 from torch import nn
 
 from mmd2v import __version__
-from mmd2v.config.schema import Config, EncoderConfig, LayerConfig, ShardsConfig
+from mmd2v.config.schema import AnyEncoder, Config, LayerConfig, ShardsConfig
 from mmd2v.models.parameters import part
 from mmd2v.report.recall_table import chance_row, recall_table
 
@@ -83,13 +83,13 @@ def _architecture(config: Config, student: nn.Module) -> str:
     return "\n".join(lines) + "\n\n" + "\n".join(table)
 
 
-def _encoder(encoder: EncoderConfig) -> str:
-    what = {
-        "patch": lambda e: f"{e.patch_size} × {e.patch_size} px patches",
-        "timm": lambda e: f"feature map {e.feature} of timm `{e.name}`",
-        "tokens": lambda _: "token embeddings",
-        "hf": lambda _: "the embedding module of a Hugging Face encoder",
-    }[encoder.kind](encoder)
+def _encoder(encoder: AnyEncoder) -> str:
+    if encoder.kind == "patch":
+        what = f"{encoder.patch_size} × {encoder.patch_size} px patches"
+    elif encoder.kind == "timm":
+        what = f"feature map {encoder.feature} of timm `{encoder.name}`"
+    else:
+        what = {"tokens": "token embeddings", "hf": "the embedding module of a Hugging Face encoder"}[encoder.kind]
     return what + (", frozen in training" if encoder.frozen else "")
 
 

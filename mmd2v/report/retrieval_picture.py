@@ -91,12 +91,14 @@ def draw_retrieval(rows: Sequence[PictureRow], title: str | None = None) -> Imag
             _write_query(pen, row.query, _MARGIN, top, query_width)
         else:
             _paste(page, row.query, _MARGIN + query_width - _TILE, top)
+            _write_below(pen, "query", _MARGIN + query_width - _TILE, top + _TILE, _QUIET)
         for place, found in enumerate(row.found):
             left = _MARGIN + query_width + 2 * _GAP + place * (_TILE + _GAP)
             _paste(page, found.image, left, top)
             if found.right:
                 _outline(pen, left, top)
-            _write_score(pen, found, left, top + _TILE)
+            right = bool(found.right)
+            _write_below(pen, f"{found.score:.3f}", left, top + _TILE, _RIGHT if right else _QUIET, bold=right)
     return page
 
 
@@ -124,10 +126,10 @@ def _outline(pen: ImageDraw.ImageDraw, left: int, top: int) -> None:
     pen.rounded_rectangle(box, (_RADIUS + grow) * _SCALE, outline=_RIGHT, width=_OUTLINE * _SCALE)
 
 
-def _write_score(pen: ImageDraw.ImageDraw, found: Found, left: int, top: int) -> None:
-    font = _font(_SCORE_SIZE, bold=bool(found.right))
+def _write_below(pen: ImageDraw.ImageDraw, text: str, left: int, top: int, colour: str, bold: bool = False) -> None:
+    """Centre a small line under a tile."""
     place = ((left + _TILE / 2) * _SCALE, (top + _OUTLINE + 4) * _SCALE)
-    pen.text(place, f"{found.score:.3f}", fill=_RIGHT if found.right else _QUIET, font=font, anchor="ma")
+    pen.text(place, text, fill=colour, font=_font(_SCORE_SIZE, bold=bold), anchor="ma")
 
 
 def _write_query(pen: ImageDraw.ImageDraw, text: str, left: int, top: int, width: int) -> None:

@@ -228,7 +228,7 @@ def _guarded(action: Callable[[], Any]) -> str | None:
 
 
 def disk_message(error: OSError) -> str:
-    """Say what a failed write means."""
+    """Say what a failed write means to the user."""
     if error.errno in _DISK_ERRORS:
         return f"the disk is full or a quota is reached ({error.strerror})"
     return f"{error.strerror or error}"
@@ -280,7 +280,13 @@ def _storage() -> Any:
 
 def _save_file(value: Any, path: str) -> None:
     with open(path, "wb") as handle:
-        torch.save(value, handle)
+        try:
+            torch.save(value, handle)
+        except RuntimeError as error:
+            # torch's archive, closed after a failed write, complains about its own position instead of the disk.
+            if isinstance(error.__context__, OSError):
+                raise error.__context__ from None
+            raise
         handle.flush()
         os.fsync(handle.fileno())
 

@@ -60,7 +60,6 @@ def dry_run(config: Config) -> None:
     engine = parts.engine(config, world)
     console.print(f"optimiser: {engine.description}", markup=False, soft_wrap=True)
     console.print(_mock_step(config, world, parts, engine, plan, batch), markup=False, soft_wrap=True)
-    environment.shutdown()
 
 
 # ------------------------------------------------------------------------------------------- batches

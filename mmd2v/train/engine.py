@@ -21,6 +21,7 @@ from mmd2v.config.deepspeed import deepspeed_config
 from mmd2v.config.schema import Config
 from mmd2v.distributed.environment import World
 from mmd2v.errors import UserError
+from mmd2v.train.module import TrainModule
 from mmd2v.train.optimizer import ParameterGroup, build_optimizer, parameter_groups
 from mmd2v.train.schedule import Schedule
 
@@ -39,7 +40,7 @@ class Engine:
     """Of the present step, without a group's multiplier."""
 
     @property
-    def module(self) -> nn.Module:
+    def module(self) -> TrainModule:
         """The train module inside."""
         return self.deepspeed.module
 
@@ -90,7 +91,7 @@ class Engine:
         return deepspeed.zero.GatheredParameters(parameters)
 
 
-def build_engine(config: Config, world: World, module: nn.Module) -> Engine:
+def build_engine(config: Config, world: World, module: TrainModule) -> Engine:
     """Hand the train module and its optimiser to DeepSpeed. Raises UserError when this machine cannot run them."""
     _check_precision(config, world)
     groups = parameter_groups(config.optimizer, module.named_parameters())

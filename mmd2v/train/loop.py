@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import sys
 import time
 from collections.abc import Iterator
@@ -27,6 +28,9 @@ from mmd2v.train.parts import Parts, build_parts
 from mmd2v.train.run_dir import describe_run
 from mmd2v.train.schedule import Schedule, build_schedule
 
+_WRITE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR)
+"""What the user's disk or folder may answer when a run writes; any other OSError is our mistake."""
+
 
 def train(config: Config, resume: str | None = None) -> None:
     """Train a run from its config.
@@ -35,20 +39,21 @@ def train(config: Config, resume: str | None = None) -> None:
     checkpoint. Every rank of a launcher calls this. Raises UserError for bad input and for a full disk.
     """
     world = environment.initialize(config.engine.device)
-    run = Run(config, world, resume)
+    run: Run | None = None
     try:
+        run = Run(config, world, resume)
         run.train()
     except KeyboardInterrupt:
-        if world.is_main:
+        if run is not None and world.is_main:
             print(run.farewell(), file=sys.stderr)
         raise
     except OSError as error:
-        if error.filename is None and error.errno is None:
+        if error.errno not in _WRITE_ERRORS:
             raise
         raise UserError(f"{error.filename or config.run_dir}: {disk_message(error)}") from error
     finally:
-        run.reporter.close()
-    environment.shutdown()
+        if run is not None:
+            run.reporter.close()
 
 
 class Run:

@@ -36,7 +36,7 @@ def build_parts(config: Config, world: World) -> Parts:
     """Build tokenizer, student, frozen teachers and objectives. Raises UserError for whatever does not fit."""
     tokenizer = load_tokenizer(config.data.tokenizer) if config.data.tokenizer else None
     student = build_student(config, tokenizer)
-    teachers = build_teachers(config, world.device)
+    teachers = build_teachers(config, world.device, tokenizer)
     objectives = build_objectives(config, student, teachers)
     autocast = config.engine.precision == "bf16_autocast"
     return Parts(tokenizer, teachers, TrainModule(student, objectives, autocast))

@@ -1,5 +1,6 @@
-"""Two ranks train as one does at every ZeRO stage, and hold the share of bytes that the stage promises."""
+"""Two ranks train as one does at every ZeRO stage, hold the share of bytes that the stage promises, and resume."""
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -7,8 +8,14 @@ import torch
 from harness import run_distributed_test
 from training_runs import make_data, run_config
 
+from mmd2v.distributed.collectives import barrier, rank, world_size
+from mmd2v.distributed.environment import World
+from mmd2v.train.loop import Run, train
+from mmd2v.train.metrics import read_metrics
+
 STAGES = (0, 1, 2, 3)
 STEPS = 3
+RESUMED = [(stage, precision) for stage in STAGES for precision in ("fp32", "bf16", "bf16_autocast")]
 
 
 def _optimizer_bytes(engine) -> int:
@@ -25,14 +32,8 @@ def _parameter_bytes(engine) -> int:
 
 
 def _train(data: Path, folder: Path) -> list[dict]:
-    from mmd2v.distributed.collectives import world_size
-    from mmd2v.distributed.environment import World
-    from mmd2v.train.loop import Run
-    from mmd2v.train.metrics import read_metrics
-
     results = []
-    rank = torch.distributed.get_rank()
-    world = World(rank, world_size(), rank, torch.device("cpu"), "gloo")
+    world = World(rank(), world_size(), rank(), torch.device("cpu"), "gloo")
     for stage in STAGES:
         name = f"world{world.size}-stage{stage}"
         config = run_config(
@@ -59,14 +60,69 @@ def _train(data: Path, folder: Path) -> list[dict]:
     return results
 
 
+def _accumulate(data: Path, folder: Path) -> list[list[float]]:
+    """Losses with 1, 2 and 4 micro-batches a step; no contrastive loss, whose negatives are those of a micro-batch."""
+    losses = []
+    for micro in (8, 4, 2):
+        config = run_config(
+            folder / f"micro{micro}.yaml",
+            data,
+            steps=STEPS,
+            objectives=[{"kind": "cls_regression", "teacher": "resnet"}],
+            engine__micro_batch_size=micro,
+        )
+        train(config)
+        losses.append([r["loss"] for r in read_metrics(Path(config.run_dir) / "metrics.jsonl") if "loss" in r])
+    return losses
+
+
+def _resume(data: Path, folder: Path) -> list[tuple[dict, dict]]:
+    """Losses of steps 3 and 4, uninterrupted and after a resume at step 2."""
+    results = []
+    for stage, precision in RESUMED:
+        config = run_config(
+            folder / f"resume-stage{stage}-{precision}.yaml",
+            data,
+            steps=4,
+            checkpoint__every=2,
+            model__freeze=["encoders.text.*"],
+            model__layers=[{"kind": "separate", "drop_path": 0.3}, {"kind": "shared", "dropout": 0.1}],
+            optimizer__groups=[{"match": "layers.*.text.*", "lr_multiplier": 0.5}],
+            engine__zero_stage=stage,
+            engine__precision=precision,
+            engine__micro_batch_size=2,
+        )
+        run_dir = Path(config.run_dir)
+        losses = []
+        for resume in (None, "auto"):
+            train(config, resume)
+            barrier()
+            losses.append({r["step"]: r["loss"] for r in read_metrics(run_dir / "metrics.jsonl") if "loss" in r})
+            barrier()
+            if rank() == 0 and resume is None:
+                shutil.rmtree(run_dir / "checkpoints" / "step-000004")
+            barrier()
+        results.append((losses[0], losses[1]))
+    return results
+
+
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> Path:
     return make_data(tmp_path_factory.mktemp("data"))
 
 
+def _alone(data: Path, folder: Path) -> tuple[list[dict], list[list[float]]]:
+    return _train(data, folder), _accumulate(data, folder)
+
+
 @pytest.fixture(scope="module")
-def alone(data, tmp_path_factory) -> list[dict]:
-    return run_distributed_test(_train, 1, args=(data, tmp_path_factory.mktemp("alone")), timeout=500)[0]
+def one_rank(data, tmp_path_factory) -> tuple[list[dict], list[list[float]]]:
+    return run_distributed_test(_alone, 1, args=(data, tmp_path_factory.mktemp("alone")), timeout=500)[0]
+
+
+@pytest.fixture(scope="module")
+def alone(one_rank) -> list[dict]:
+    return one_rank[0]
 
 
 @pytest.fixture(scope="module")
@@ -96,10 +152,28 @@ def test_recall_in_training_is_that_of_one_rank(alone, pair, stage):
 
 
 def test_bytes_of_a_rank_fall_as_zero_promises(alone, pair):
-    for rank in pair:
+    whole = alone[0]
+    for held in pair:
         for stage in STAGES:
-            halved = 0.5 if stage >= 1 else 1.0
             # DeepSpeed pads partitions to equal, aligned sizes.
-            assert rank[stage]["optimizer"] / alone[0]["optimizer"] == pytest.approx(halved, rel=0.02)
-            halved = 0.5 if stage == 3 else 1.0
-            assert rank[stage]["parameters"] / alone[0]["parameters"] == pytest.approx(halved, rel=0.02)
+            optimizer, parameters = (0.5 if stage >= first else 1.0 for first in (1, 3))
+            assert held[stage]["optimizer"] / whole["optimizer"] == pytest.approx(optimizer, rel=0.02)
+            assert held[stage]["parameters"] / whole["parameters"] == pytest.approx(parameters, rel=0.02)
+
+
+def test_accumulation_gives_the_step_of_the_whole_batch(one_rank):
+    whole, *divided = one_rank[1]
+    for losses in divided:
+        assert losses == pytest.approx(whole, abs=1e-5)
+
+
+@pytest.fixture(scope="module")
+def resumed(data, tmp_path_factory) -> list[tuple[dict, dict]]:
+    return run_distributed_test(_resume, 2, args=(data, tmp_path_factory.mktemp("resumed")), timeout=500)[0]
+
+
+@pytest.mark.parametrize("case", range(len(RESUMED)), ids=[f"stage{s}-{p}" for s, p in RESUMED])
+def test_resumed_ranks_repeat_the_losses_exactly(resumed, case):
+    whole, continued = resumed[case]
+    assert sorted(whole) == [1, 2, 3, 4]
+    assert continued == whole

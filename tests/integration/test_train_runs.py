@@ -103,20 +103,27 @@ def test_records_have_units_and_every_term(whole):
 # ------------------------------------------------------------------------------------ kill and resume
 
 
+def _start_and_end(command: list[object], run_dir: Path, after: int, sign: signal.Signals) -> subprocess.Popen[str]:
+    """Start a run and send ``sign`` to its process group, as a terminal does, once it has done step ``after``."""
+    pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
+    process = subprocess.Popen([*MMD2V, *map(str, command)], env=ENVIRONMENT, start_new_session=True, **pipes)
+    metrics = run_dir / "metrics.jsonl"
+    deadline = time.monotonic() + 200
+    try:
+        while not (metrics.exists() and max(_losses(run_dir), default=0) >= after):
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.005)
+    finally:
+        os.killpg(process.pid, sign)
+    return process
+
+
 @pytest.fixture(scope="module")
 def killed(config) -> Path:
     """Run directory of the same run, ended by SIGKILL in the middle."""
     run_dir = config.parent / "runs" / "killed"
-    command = [*MMD2V, "train", str(config), "--run_dir", str(run_dir)]
-    process = subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.DEVNULL, start_new_session=True)
-    deadline = time.monotonic() + 200
-    try:
-        while len(_losses(run_dir)) < EVERY + 2 if (run_dir / "metrics.jsonl").exists() else True:
-            assert process.poll() is None and time.monotonic() < deadline
-            time.sleep(0.005)
-    finally:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+    process = _start_and_end(["train", config, "--run_dir", run_dir], run_dir, EVERY + 2, signal.SIGKILL)
+    process.communicate()
     return run_dir
 
 
@@ -127,9 +134,17 @@ def test_killed_run_continues_as_if_nothing_had_happened(config, whole, killed):
     assert refused.returncode == 2
     assert "already holds a run with a checkpoint" in refused.stderr and "--resume auto" in refused.stderr
 
+    # Once more, by Ctrl-C this time: it says where the run stands.
+    resume = ["train", config, "--run_dir", killed, "--resume", "auto"]
+    process = _start_and_end(resume, killed, max(seen) + 2, signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130, errors
+    assert errors.startswith("interrupted after step ") and len(errors.splitlines()) == 1, errors
+    assert "the last checkpoint is" in errors and errors.endswith("continue with --resume auto\n")
+
     # What a kill in the middle of a save leaves.
     (killed / "checkpoints" / ".step-000099.tmp").mkdir()
-    resumed = _mmd2v("train", config, "--run_dir", killed, "--resume", "auto")
+    resumed = _mmd2v(*resume)
     assert resumed.returncode == 0, resumed.stderr
     assert "continuing from" in resumed.stdout
     assert _losses(killed) == _losses(whole)  # to the last bit, step by step

@@ -43,3 +43,10 @@ def test_statuses(monkeypatch, capsys, error, status, text):
     monkeypatch.setattr("mmd2v.cli.train.main", fail)
     assert cli.main(["train"]) == status
     assert capsys.readouterr().err == text
+
+
+def test_launchers_extra_argument_is_ignored(monkeypatch):
+    seen = []
+    monkeypatch.setattr("mmd2v.cli.train.main", lambda argv: seen.append(argv) or 0)
+    assert cli.main(["--local_rank=1", "train", "c.yaml"]) == 0
+    assert seen == [["c.yaml"]]

@@ -197,9 +197,9 @@ def test_dumped_config_loads_equal(tmp_path_factory, name, lr, betas, options, s
 
 
 def test_command_line_is_parted_into_own_arguments_and_overrides():
-    argv = ["--engine.batch_size", "8", "c.yaml", "--resume", "auto", "--dry_run", "--steps=3", "--local_rank=0"]
-    flags = {"--resume": True, "--dry-run": False, "--local-rank": True}
+    argv = ["--engine.batch_size", "8", "c.yaml", "--resume", "auto", "--dry_run", "--steps=3"]
+    flags = {"--resume": True, "--dry-run": False}
     own, overrides = split_overrides(argv, flags)
-    assert own == ["c.yaml", "--resume", "auto", "--dry_run", "--local_rank=0"]
+    assert own == ["c.yaml", "--resume", "auto", "--dry_run"]
     assert overrides == ["--engine.batch_size", "8", "--steps=3"]
     assert split_overrides(["--dry-run", "c.yaml"], flags) == (["--dry-run", "c.yaml"], [])

@@ -299,6 +299,8 @@ def test_bad_places(tmp_path):
     assert "format coco is a JSON object" in error(source, tmp_path, images=images, format="coco")
     assert "needs a folder" in error(source, tmp_path, format="folder")
     assert "which has no columns" in error(source, tmp_path, image_column="x")
+    assert "--shard-size: found 0" in error(source, tmp_path, images=images, shard_size=0)
+    assert "--resize: found -3" in error(source, tmp_path, images=images, resize=-3)
     (tmp_path / "out").mkdir()
     (tmp_path / "out/precious").write_text("x")
     assert "exists and is not an empty folder" in error(source, tmp_path, images=images)

@@ -95,15 +95,16 @@ def test_contrastive_needs_two_modalities():
 
 
 def test_attributes_are_classified():
-    student, objectives = build([{"kind": "attributes", "classes": 5}], data__labels="attributes")
+    term = {"kind": "attributes", "classes": 5, "prior": 0.1}
+    student, objectives = build([term], data__labels="attributes")
     batch = random_batch()
     with pytest.raises(UserError, match=r"objectives.0.classes: samples carry none labels, expected 5"):
         objectives(student(batch), {}, batch)
     labels = torch.randint(0, 2, (4, 5)).float()
     batch = type(batch)(batch.images, batch.text_ids, batch.text_lengths, batch.caption_image, (), labels)
     output = student(batch)
-    logits = objectives.terms[0].head(output.pooled["image"])
-    expected = F.binary_cross_entropy_with_logits(logits, labels, reduction="none").sum(1).mean()
+    probability = torch.sigmoid(objectives.terms[0].head(output.pooled["image"]) + torch.logit(torch.tensor(0.1)))
+    expected = F.binary_cross_entropy(probability, labels)
     torch.testing.assert_close(objectives(output, {}, batch)["attributes_loss"], expected)
 
 

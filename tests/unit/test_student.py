@@ -206,3 +206,22 @@ def test_frozen_text_layers_are_not_differentiated():
     student.layers[0].register_forward_hook(lambda module, inputs, output: seen.append(output.requires_grad))
     output = student(random_batch())
     assert seen == [False] and output.pooled["text"].requires_grad
+
+
+def test_an_id_outside_the_vocabulary_is_named():
+    with pytest.raises(UserError, match="found token id 50, expected ids in 0 … 49"):
+        build().encode_text(torch.tensor([1, 50]), torch.tensor([2]))
+
+
+def test_a_tokenizer_larger_than_the_embedding_table_is_refused(shared):
+    class LargeTokenizer(StubTokenizer):
+        vocab_size = 50_000
+
+    encoders = {"text": {"kind": "hf", "name": str(shared / "teachers" / "minilm_l6_v2")}}
+    config = small_config(
+        model__encoders=encoders,
+        objectives=[{"kind": "attributes", "modality": "text", "classes": 1}],
+        data__labels="x",
+    )
+    with pytest.raises(UserError, match=r"has 50000 ids, but the embedding table of .* has 30522 rows"):
+        build_student(config, LargeTokenizer())

@@ -27,6 +27,7 @@ class HFTextEncoder(ModalityEncoder):
                 f"data.tokenizer: has {context.vocab_size} ids, but the embedding table of '{config.name}' has "
                 f"{model.config.vocab_size} rows: they do not belong together"
             )
+        self.vocab_size = model.config.vocab_size
         self.embeddings = model.embeddings
         # RoBERTa and its kin count positions from the padding index + 1.
         self.first_position = getattr(model.embeddings, "padding_idx", -1) + 1 if _offsets_positions(model) else 0

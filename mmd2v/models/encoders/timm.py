@@ -28,6 +28,7 @@ class TimmEncoder(ModalityEncoder):
             kwargs=config.kwargs,
             # A backbone that is trained from scratch has no weights to fetch.
             published=context.pretrained and config.frozen,
+            frozen=config.frozen,
             where="model.encoders.image.name",
         )
         if config.feature != -1:

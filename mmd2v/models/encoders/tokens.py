@@ -21,6 +21,7 @@ class TokenEncoder(ModalityEncoder):
             raise UserError("model.encoders.text: a token encoder needs data.tokenizer")
         if config.positions == "sincos":
             raise UserError("model.encoders.text.positions: found 'sincos', expected learned or none for text")
+        self.vocab_size = context.vocab_size
         self.embedding = nn.Embedding(context.vocab_size, context.width)
         self.positions = nn.Embedding(context.max_length, context.width) if config.positions == "learned" else None
         self.norm = nn.LayerNorm(context.width) if config.norm else nn.Identity()

@@ -10,7 +10,8 @@ from collections.abc import Callable
 import torch
 
 from mmd2v.config.schema import Config, TeacherConfig
-from mmd2v.errors import unknown_name
+from mmd2v.data.tokenizers import Tokenizer
+from mmd2v.errors import UserError, unknown_name
 from mmd2v.models.teachers.base import Targets, Teacher
 from mmd2v.models.teachers.exported import ExportTeacher
 from mmd2v.models.teachers.hf import hf_teacher
@@ -33,12 +34,22 @@ def load(name: str, *, image_size: int = 224, device: str | torch.device = "cpu"
     return _build(TeacherConfig(name=name, **options), image_size, torch.device(device), f"teacher {name}")
 
 
-def build_teachers(config: Config, device: torch.device) -> dict[str, Teacher]:
-    """Load every teacher of a run onto ``device``."""
-    return {
-        name: _build(teacher, config.data.image.size, device, f"teachers.{name}.name")
-        for name, teacher in config.teachers.items()
-    }
+def build_teachers(config: Config, device: torch.device, tokenizer: Tokenizer | None = None) -> dict[str, Teacher]:
+    """Load every teacher of a run onto ``device``.
+
+    Raises UserError for a name that does not exist, or a text teacher whose vocabulary is not the tokenizer's.
+    """
+    teachers = {}
+    for name, teacher_config in config.teachers.items():
+        where = f"teachers.{name}.name"
+        teacher = _build(teacher_config, config.data.image.size, device, where)
+        if teacher.vocab_size is not None and tokenizer is not None and tokenizer.vocab_size > teacher.vocab_size:
+            raise UserError(
+                f"{where}: its embedding table has {teacher.vocab_size} rows, but data.tokenizer has "
+                f"{tokenizer.vocab_size} ids: they do not belong together"
+            )
+        teachers[name] = teacher
+    return teachers
 
 
 def _build(config: TeacherConfig, image_size: int, device: torch.device, where: str) -> Teacher:

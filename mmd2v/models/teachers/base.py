@@ -31,6 +31,8 @@ class Teacher(nn.Module):
 
     width: int
     """D"""
+    vocab_size: int | None = None
+    """Rows of its token embedding table; None for a teacher of images."""
 
     def __init__(self, config: TeacherConfig) -> None:
         super().__init__()

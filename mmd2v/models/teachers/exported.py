@@ -18,6 +18,7 @@ class ExportTeacher(Teacher):
         if config.modality not in self.model.encoders:
             raise UserError(f"{where}: {folder} encodes {sorted(self.model.encoders)}, not '{config.modality}'")
         self.width = self.model.config.width
+        self.vocab_size = getattr(self.model.encoders[config.modality], "vocab_size", None)
 
     def encode(self, batch: Batch) -> Targets:
         """Return the pooled vector of every sample."""

@@ -30,6 +30,7 @@ class HFTextTeacher(Teacher):
         if not hasattr(self.model.config, "vocab_size"):
             raise UserError(f"{where}: '{name}' is no text encoder; set modality: image")
         self.width = self.model.config.hidden_size
+        self.vocab_size = self.model.config.vocab_size
 
     def encode(self, batch: Batch) -> Targets:
         """Return the pooled vector of every caption and its padded tokens."""

@@ -21,7 +21,7 @@ class TimmTeacher(Teacher):
         super().__init__(config)
         model_name, _, weights = name.partition("@")
         self.model = create_backbone(
-            model_name, weights=weights or None, kwargs=config.kwargs, published=True, where=where
+            model_name, weights=weights or None, kwargs=config.kwargs, published=True, frozen=True, where=where
         )
         mean, std = published_normalization(self.model)
         self.normalize = Normalize(config.mean or mean, config.std or std, config.image_size)

@@ -4,7 +4,18 @@ They import nothing of mmd2v.
 """
 
 from mmd2v_kernels.contrastive import contrastive
+from mmd2v_kernels.cosine_topk import cosine_topk
 from mmd2v_kernels.distill_target import distill_target
 from mmd2v_kernels.expert_mlp import Expert, expert_mlp
+from mmd2v_kernels.rank_count import RankCounts, count_ahead, rank_count
 
-__all__ = ["Expert", "contrastive", "distill_target", "expert_mlp"]
+__all__ = [
+    "Expert",
+    "RankCounts",
+    "contrastive",
+    "cosine_topk",
+    "count_ahead",
+    "distill_target",
+    "expert_mlp",
+    "rank_count",
+]

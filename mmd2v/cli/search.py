@@ -45,7 +45,7 @@ def main(argv: Sequence[str]) -> int:
     from mmd2v.gallery import open_gallery
     from mmd2v.inference import load
     from mmd2v.report.retrieval_picture import Found, PictureRow, write_retrieval_picture
-    from mmd2v_kernels.cosine_topk import cosine_topk
+    from mmd2v_kernels import cosine_topk
 
     if (command.text is None) == (command.image is None):
         raise UserError("mmd2v search: give either --text SENTENCE or --image FILE")

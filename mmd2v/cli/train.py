@@ -25,11 +25,11 @@ Runs alone, or under a launcher: deepspeed --num_accelerators 2 --module mmd2v t
 class Arguments:
     """Train a student from a config."""
 
-    config: Annotated[str, tyro.conf.Positional]
+    config: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="CONFIG.yaml")]
     """YAML file that describes the run."""
-    dry_run: bool = False
+    dry_run: tyro.conf.FlagCreatePairsOff[bool] = False
     """Print config, parameter counts, batch arithmetic and memory, run one mock step, and touch no file."""
-    resume: str | None = None
+    resume: Annotated[str | None, tyro.conf.arg(metavar="auto|PATH")] = None
     """`auto`: continue from the newest checkpoint of run_dir, if any; or the path of a checkpoint or run."""
 
 

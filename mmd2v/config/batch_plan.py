@@ -43,11 +43,11 @@ def plan_batches(config: Config, ranks: int) -> BatchPlan:
     micro = config.engine.micro_batch_size or share
     if share % micro:
         divisors = [d for d in range(1, share + 1) if share % d == 0]
-        near = min(divisors, key=lambda d: abs(d - micro))
+        nearest = min(divisors, key=lambda d: abs(d - micro))
         raise UserError(
             f"engine.micro_batch_size: {micro} does not divide a rank's share of the batch: engine.batch_size {total} "
             f"/ {ranks} ranks = {share} images = {micro} × {share // micro} + {share % micro}; nearest size that does: "
-            f"{near}"
+            f"{nearest}"
         )
     return BatchPlan(total, ranks, micro, share // micro)
 

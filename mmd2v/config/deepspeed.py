@@ -77,6 +77,8 @@ def _merged(base: dict[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
     result = dict(base)
     for key, value in over.items():
         old = result.get(key)
-        both = isinstance(old, dict) and isinstance(value, Mapping)
-        result[key] = _merged(old, value) if both else copy.deepcopy(value)
+        if isinstance(old, dict) and isinstance(value, Mapping):
+            result[key] = _merged(old, value)
+        else:
+            result[key] = copy.deepcopy(value)
     return result

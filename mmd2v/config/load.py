@@ -118,10 +118,7 @@ def _merge(into: dict[str, Any], new: Mapping[str, Any], source: str, origin: di
     for key, value in new.items():
         here = (*at, key)
         old = into.get(key)
-        same_kind = (
-            isinstance(old, dict) and isinstance(value, dict) and value.get("kind", old.get("kind")) == old.get("kind")
-        )
-        if same_kind:
+        if isinstance(old, dict) and isinstance(value, dict) and value.get("kind", old.get("kind")) == old.get("kind"):
             _merge(old, value, source, origin, here)
             continue
         into[key] = copy.deepcopy(value)
@@ -265,9 +262,11 @@ def _key_path(location: tuple[str | int, ...], data: Any, names_key: bool) -> Ke
     With ``names_key`` the last part of the location is a key even if ``data`` does not have it (missing keys).
     """
     path: KeyPath = ()
+    inner: Any = data
     for i, part in enumerate(location):
-        if (isinstance(data, dict) and part in data) or (isinstance(data, list) and isinstance(part, int)):
-            data = data[part]
+        is_key = (isinstance(inner, dict) and part in inner) or (isinstance(inner, list) and isinstance(part, int))
+        if is_key:
+            inner = inner[part]
         elif not (names_key and i == len(location) - 1):
             continue  # the tag of a union
         path = (*path, part)

@@ -18,7 +18,7 @@ from mmd2v.distributed.environment import World
 from mmd2v.errors import UserError
 from mmd2v.evaluation.chance import chance_recall
 from mmd2v.evaluation.encoding import Encode, encode_set
-from mmd2v_kernels.rank_count import RankCounts, count_ahead
+from mmd2v_kernels import RankCounts, count_ahead
 
 RECALL_AT = (1, 5, 10)
 Metrics = dict[str, float]

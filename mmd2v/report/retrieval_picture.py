@@ -14,7 +14,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from mmd2v.files import atomic_path
-from mmd2v_kernels.cosine_topk import cosine_topk
+from mmd2v_kernels import cosine_topk
 
 _SCALE = 2
 _TILE = 132

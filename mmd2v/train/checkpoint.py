@@ -269,7 +269,7 @@ def _storage() -> Any:
                 self.error = _guarded(lambda: os.makedirs(path, exist_ok=exist_ok))
 
         def load(self, path: str, map_location: Any = None) -> Any:
-            with torch.serialization.safe_globals(_deepspeed_classes()):
+            with torch.serialization.safe_globals(deepspeed_classes()):
                 return torch.load(path, map_location=map_location, weights_only=True)
 
         def commit(self, info: Any) -> bool:
@@ -291,7 +291,7 @@ def _save_file(value: Any, path: str) -> None:
         os.fsync(handle.fileno())
 
 
-def _deepspeed_classes() -> list[Any]:
+def deepspeed_classes() -> list[Any]:
     """Classes of DeepSpeed and torch that its checkpoints name."""
     from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
     from deepspeed.runtime.zero.config import ZeroStageEnum

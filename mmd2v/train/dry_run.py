@@ -17,8 +17,10 @@ from mmd2v.config.schema import Config
 from mmd2v.data.batch import Batch
 from mmd2v.data.stream import dataset_size
 from mmd2v.distributed import environment
+from mmd2v.distributed.coordination import from_main_rank
 from mmd2v.distributed.environment import World
 from mmd2v.errors import UserError
+from mmd2v.models.encoders.base import ModalityEncoder
 from mmd2v.models.parameters import part
 from mmd2v.train.engine import Engine
 from mmd2v.train.evaluation import check_evaluation
@@ -44,7 +46,7 @@ def dry_run(config: Config) -> None:
     console.rule("config")
     console.print(dump_config(config), markup=False, soft_wrap=True)
 
-    plan = plan_batches(config, world.size)
+    plan = from_main_rank(lambda: plan_batches(config, world.size))
     console.rule("batches")
     console.print(_describe_batches(config, plan), markup=False, soft_wrap=True)
 
@@ -148,7 +150,8 @@ def estimate_memory(config: Config, parts: Parts, batch: Batch, ranks: int) -> M
     counts = parameter_counts(parts).values()
     trainable, frozen = (sum(column) for column in zip(*counts, strict=True))
     share = [1 if engine.zero_stage < stage else ranks for stage in (1, 2, 3)]
-    tokens = sum(int(encoder.lengths(batch).sum()) for encoder in parts.student.encoders.values())
+    encoders = [encoder for encoder in parts.student.encoders.values() if isinstance(encoder, ModalityEncoder)]
+    tokens = sum(int(encoder.lengths(batch).sum()) for encoder in encoders)
     layer_values = sum(group.count * (8 + 2 * group.mlp_ratio) for group in config.model.layers)
     return MemoryEstimate(
         weights=(trainable + frozen) * size / share[2],

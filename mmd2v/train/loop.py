@@ -63,10 +63,10 @@ class Run:
         self.config, self.world = config, world
         self.run_dir = Path(config.run_dir)
         # What is wrong with a config should come out before anything is loaded or written.
-        self.plan: BatchPlan = plan_batches(config, world.size)
+        self.plan: BatchPlan = from_main_rank(lambda: plan_batches(config, world.size))
         self.dataset_size: int = from_main_rank(lambda: dataset_size(config.data.train))
         self.steps = total_steps(config, self.plan, self.dataset_size)
-        self.schedule: Schedule = build_schedule(config.optimizer, self.steps)
+        self.schedule: Schedule = from_main_rank(lambda: build_schedule(config.optimizer, self.steps))
         start: Path | None = from_main_rank(lambda: find_checkpoint(self.run_dir, resume))
 
         self.parts: Parts = build_parts(config, world)

@@ -102,6 +102,7 @@ class Reporter:
     def __init__(self, run_dir: Path, world: World, steps: int, first_step: int, tensorboard: bool) -> None:
         self._speaks = world.is_main
         self._steps = steps
+        self._eta = ""
         self._bar: Any = None
         self._task: Any = None
         self._file: Any = None
@@ -129,7 +130,7 @@ class Reporter:
     def progress(self, step: int) -> None:
         """Move the bar."""
         if self._bar is not None:
-            self._bar.update(self._task, completed=step)
+            self._bar.update(self._task, completed=step, description=f"step {step}/{self._steps}{self._eta}")
 
     def record(self, step: int, values: Mapping[str, float]) -> None:
         """Write one line of ``metrics.jsonl`` and the TensorBoard scalars."""
@@ -151,16 +152,14 @@ class Reporter:
             print(text, flush=True)
 
     def training_line(self, step: int, values: Mapping[str, float]) -> None:
-        """Print the line of one interval: on a terminal it becomes the bar's text as well."""
+        """Print the line of one interval; a bar shows its ETA until the next one."""
         losses = "  ".join(f"{short_name(name)} {value:.4f}" for name, value in values.items() if is_loss(name))
         text = (
             f"step {step}/{self._steps}  {losses}  lr {values['learning_rate']:.2e}  "
             f"{values['throughput(samples/s)']:.1f} samples/s  data {values['time/data(%)']:.0f}%  "
             f"{values['memory(GB)']:.2f} GB  ETA {duration(values['time/eta(s)'])}"
         )
-        if self._bar is not None:
-            eta = duration(values["time/eta(s)"])
-            self._bar.update(self._task, completed=step, description=f"step {step}/{self._steps}  ETA {eta}")
+        self._eta = f"  ETA {duration(values['time/eta(s)'])}"
         self.say(text)
 
     def close(self) -> None:

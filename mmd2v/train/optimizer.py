@@ -81,7 +81,12 @@ def build_optimizer(
         {"params": list(g.parameters), "lr": settings.lr * g.lr_multiplier, "weight_decay": g.weight_decay}
         for g in groups
     ]
-    shared = {"lr": settings.lr, "betas": settings.betas, "eps": settings.eps, "weight_decay": settings.weight_decay}
+    shared: dict[str, Any] = {
+        "lr": settings.lr,
+        "betas": settings.betas,
+        "eps": settings.eps,
+        "weight_decay": settings.weight_decay,
+    }
     name, reason = settings.name, "named in the config"
     if name == "auto":
         name, reason = _best(device, uses_optimizer_offload(config))

@@ -9,8 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mmd2v_kernels.cosine_topk import cosine_topk
-from mmd2v_kernels.rank_count import count_ahead, rank_count
+from mmd2v_kernels import cosine_topk, count_ahead, rank_count
 from mmd2v_kernels.retrieval_order import exact_dot, exact_pairs, product_error
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)

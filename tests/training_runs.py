@@ -9,6 +9,7 @@ import yaml
 
 from mmd2v.config.load import load_config
 from mmd2v.config.schema import Config
+from mmd2v.files import write_text
 
 IMAGES = 48
 
@@ -67,8 +68,7 @@ def write_config(file: Path, data: Path, **changes: Any) -> Path:
         for key in parents:
             node = node.setdefault(key, {})
         node[last] = value
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(yaml.safe_dump(values))
+    write_text(file, yaml.safe_dump(values))  # atomic: all ranks of a test write it
     return file
 
 

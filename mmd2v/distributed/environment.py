@@ -77,14 +77,25 @@ def initialize(device: Literal["auto", "cpu", "cuda"] = "auto") -> World:
         target = torch.device("cuda", local_rank)
         torch.cuda.set_device(target)
     if not dist.is_initialized():
-        if size == 1:  # a store in memory: no port, so any number of runs fit on one machine
-            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=COLLECTIVE_TIMEOUT)
-        else:
-            bound = target if kind == "cuda" else None
-            dist.init_process_group(backend, rank=rank, world_size=size, timeout=COLLECTIVE_TIMEOUT, device_id=bound)
+        _join(backend, rank, size, target)
     if kind == "cpu":
         _share_cores()
     return World(rank, size, local_rank, target, backend)
+
+
+def _join(backend: str, rank: int, size: int, target: torch.device) -> None:
+    if size == 1:  # a store in memory: no port, so any number of runs fit on one machine
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=COLLECTIVE_TIMEOUT)
+        return
+    bound = target if target.type == "cuda" else None
+    try:
+        dist.init_process_group(backend, rank=rank, world_size=size, timeout=COLLECTIVE_TIMEOUT, device_id=bound)
+    except dist.DistNetworkError as error:
+        where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        raise UserError(
+            f"ranks cannot meet at {where} (MASTER_ADDR, MASTER_PORT): {str(error).splitlines()[0]}; another run may "
+            f"use the port, give the launcher another with --master_port"
+        ) from error
 
 
 def shutdown() -> None:

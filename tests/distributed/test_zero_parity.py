@@ -15,7 +15,7 @@ from mmd2v.train.metrics import read_metrics
 
 STAGES = (0, 1, 2, 3)
 STEPS = 3
-RESUMED = [(stage, precision) for stage in STAGES for precision in ("fp32", "bf16", "bf16_autocast")]
+RESUMED = [*((stage, "fp32") for stage in STAGES), (0, "bf16"), (1, "bf16_autocast"), (3, "bf16")]
 
 
 def _optimizer_bytes(engine) -> int:
@@ -44,6 +44,7 @@ def _train(data: Path, folder: Path) -> list[dict]:
             engine__zero3_persistence_threshold=0,
             data__eval={"shards": str(data / "test")},
             evaluation__every=2,
+            optimizer__lr=5e-4,
         )
         run = Run(config, world, None)
         run.train()

@@ -4,6 +4,7 @@ import os
 import resource
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -250,10 +251,13 @@ def test_damaged_checkpoint_is_named(said):
 def test_two_processes_under_the_deepspeed_launcher(config, whole):
     launcher = Path(sys.executable).with_name("deepspeed")
     run_dir = config.parent / "runs" / "launched"
-    command = [str(launcher), "--num_accelerators", "2", "--module", "mmd2v", "train", str(config)]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [launcher, "--num_accelerators", 2, "--master_port", port, "--module", "mmd2v", "train", config]
     overrides = ["--run_dir", run_dir, "--steps", 4, "--engine.zero_stage", 2, "--evaluation.at_start", "false"]
     result = subprocess.run(
-        [*command, *map(str, overrides)],
+        list(map(str, [*command, *overrides])),
         env={**ENVIRONMENT, "DS_ACCELERATOR": "cpu", "PATH": f"{launcher.parent}:{os.environ['PATH']}"},
         capture_output=True,
         text=True,

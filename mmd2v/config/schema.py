@@ -8,6 +8,9 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 Precision = Literal["fp32", "bf16", "bf16_autocast", "fp16"]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+Rate = Annotated[float, Field(ge=0.0, lt=1.0)]
+"""Of what is dropped: all of it would leave nothing to learn from."""
+Positive = Annotated[float, Field(gt=0.0)]
 PositiveInt = Annotated[int, Field(ge=1)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
 Triple = tuple[float, float, float]
@@ -40,9 +43,13 @@ class ImageTransformConfig(Section):
 
     size: PositiveInt = Field(224, description="side of the square the student sees, in pixels")
     crop_scale: tuple[Fraction, Fraction] = Field(
-        (0.6, 1.0), description="area of the random training crop as a fraction of the image; (1, 1) keeps it whole"
+        (0.6, 1.0),
+        description="least and greatest area of the random training crop as a fraction of the image; (1, 1) keeps it "
+        "whole",
     )
-    crop_ratio: tuple[float, float] = Field((0.75, 4 / 3), description="width / height of the random crop")
+    crop_ratio: tuple[Positive, Positive] = Field(
+        (0.75, 4 / 3), description="least and greatest width / height of the random crop"
+    )
     flip: Fraction = Field(0.5, description="probability of a horizontal flip in training")
     interpolation: Literal["bicubic", "bilinear"] = Field("bicubic", description="resize filter, antialiased")
     eval_resize: Literal["center_crop", "squash"] = Field(
@@ -50,6 +57,14 @@ class ImageTransformConfig(Section):
     )
     mean: Triple = Field((0.485, 0.456, 0.406), description="channel means the student subtracts, RGB in [0, 1]")
     std: Triple = Field((0.229, 0.224, 0.225), description="channel deviations the student divides by, RGB in [0, 1]")
+
+    @model_validator(mode="after")
+    def _ordered(self) -> ImageTransformConfig:
+        for name in ("crop_scale", "crop_ratio"):
+            low, high = getattr(self, name)
+            if not 0 < low <= high:
+                raise ValueError(f"{name}: found ({low:g}, {high:g}); expected 0 < least <= greatest")
+        return self
 
 
 class ShardsConfig(Section):
@@ -64,9 +79,11 @@ class ShardsConfig(Section):
 class DataConfig(Section):
     """Where samples come from and how a batch is made of them."""
 
-    train: ShardsConfig
+    train: ShardsConfig = Field(description="training set")
     eval: ShardsConfig | None = Field(None, description="held-out set for recall; none: no recall in training")
-    image: ImageTransformConfig = Field(default_factory=ImageTransformConfig)
+    image: ImageTransformConfig = Field(
+        default_factory=ImageTransformConfig, description="what happens to an image before the student sees it"
+    )
     tokenizer: TokenizerConfig | None = Field(None, description="needed whenever a text modality is trained")
     captions_per_image: PositiveInt = Field(
         1, description="captions drawn an image and epoch (without repetition as long as there are enough)"
@@ -85,14 +102,18 @@ class DataConfig(Section):
 class EncoderConfig(Section):
     """Fields every modality encoder shares. Its output tokens are bridged linearly to the model's width if need be."""
 
-    frozen: bool = Field(False, description="keep the encoder's own weights fixed and in eval mode (not the bridge)")
+    frozen: bool = Field(
+        False,
+        description="keep the encoder's own weights fixed, a backbone also in eval mode; what is added to a backbone "
+        "(bridge, CLS, positions, norm) stays trainable",
+    )
     cls: bool = Field(True, description="put a learned CLS token in front (text encoders use the tokenizer's own)")
     positions: Literal["learned", "sincos", "none"] = Field(
         "learned", description="position embedding added after the bridge (not for the CLS under sincos)"
     )
     norm: bool = Field(False, description="LayerNorm on the encoder's tokens before they enter the layers")
-    dropout: Fraction = Field(0.0, description="dropout probability on the tokens that enter the layers")
-    token_drop: Annotated[float, Field(ge=0.0, lt=1.0)] = Field(
+    dropout: Rate = Field(0.0, description="dropout probability on the tokens that enter the layers")
+    token_drop: Rate = Field(
         0.0, description="fraction of an image's tokens left out at random in training (never the CLS); images only"
     )
 
@@ -100,16 +121,16 @@ class EncoderConfig(Section):
 class PatchEncoderConfig(EncoderConfig):
     """Image → non-overlapping patches through one strided convolution (ViT)."""
 
-    kind: Literal["patch"] = "patch"
-    input: Literal["image"] = "image"
+    kind: Literal["patch"] = Field("patch", description="patches of the pixels, trained from scratch")
+    input: Literal["image"] = Field("image", description="the part of a sample it sees")
     patch_size: PositiveInt = Field(16, description="side of a patch, in pixels")
 
 
 class TimmEncoderConfig(EncoderConfig):
     """Image → a feature map of a timm backbone, one token a position."""
 
-    kind: Literal["timm"] = "timm"
-    input: Literal["image"] = "image"
+    kind: Literal["timm"] = Field("timm", description="a timm backbone")
+    input: Literal["image"] = Field("image", description="the part of a sample it sees")
     name: str = Field(description="timm model name")
     weights: str | None = Field(
         None, description="safetensors file, or a folder written by `mmd2v export` whose image encoder is this backbone"
@@ -124,15 +145,15 @@ class TimmEncoderConfig(EncoderConfig):
 class TokenEncoderConfig(EncoderConfig):
     """Token ids → an embedding table trained from scratch."""
 
-    kind: Literal["tokens"] = "tokens"
-    input: Literal["text"] = "text"
+    kind: Literal["tokens"] = Field("tokens", description="an embedding table trained from scratch")
+    input: Literal["text"] = Field("text", description="the part of a sample it sees")
 
 
 class HFTextEncoderConfig(EncoderConfig):
     """Token ids → the embedding module (words, positions, norm) of a Hugging Face encoder."""
 
-    kind: Literal["hf"] = "hf"
-    input: Literal["text"] = "text"
+    kind: Literal["hf"] = Field("hf", description="the embeddings of a Hugging Face encoder")
+    input: Literal["text"] = Field("text", description="the part of a sample it sees")
     name: str = Field(description="folder or hub name of the encoder")
     positions: Literal["none"] = Field("none", description="the embedding module brings its own")
 
@@ -165,8 +186,8 @@ class LayerConfig(Section):
     heads: PositiveInt | None = Field(None, description="attention heads; none: model.heads")
     mlp_ratio: float = Field(4.0, gt=0, description="hidden width of the MLP as a multiple of the width")
     layer_scale: float | None = Field(None, description="initial value of the residual branches' learned scale")
-    drop_path: Fraction = Field(0.0, description="probability that a sequence skips a residual branch in training")
-    dropout: Fraction = Field(0.0, description="dropout probability on each branch's output in training")
+    drop_path: Rate = Field(0.0, description="probability that a sequence skips a residual branch in training")
+    dropout: Rate = Field(0.0, description="dropout probability on each branch's output in training")
     init: dict[str, InitConfig] = Field(
         default_factory=dict, description="modality → pretrained blocks; `shared` names the shared parts"
     )
@@ -196,7 +217,7 @@ class ProjectionConfig(Section):
     kind: Literal["none", "linear", "mlp"] = Field("linear", description="none: the pooled vector itself")
     dim: PositiveInt | None = Field(None, description="width of the embedding; none: the model's width")
     shared: bool = Field(False, description="one projection for all modalities")
-    dropout: Fraction = Field(0.0, description="dropout probability before the last linear map")
+    dropout: Rate = Field(0.0, description="dropout probability before the last linear map")
 
 
 class ModelConfig(Section):
@@ -210,7 +231,9 @@ class ModelConfig(Section):
     pooling: dict[str, Literal["cls", "mean"]] = Field(
         default_factory=dict, description="modality → cls or mean over its real tokens; default cls"
     )
-    projection: ProjectionConfig = Field(default_factory=ProjectionConfig)
+    projection: ProjectionConfig = Field(
+        default_factory=ProjectionConfig, description="from the pooled sequence to the embedding"
+    )
     freeze: list[str] = Field(
         default_factory=list, description="parameters kept fixed: wildcards over names, such as `layers.0.*`"
     )
@@ -233,10 +256,12 @@ class TeacherConfig(Section):
     name: str = Field(description="`timm:NAME[@WEIGHTS]`, `hf:NAME-or-folder` or `mmd2v:EXPORT-FOLDER`")
     kwargs: dict[str, Any] = Field(default_factory=dict, description="keyword arguments of timm.create_model")
     modality: Literal["image", "text"] = Field("image", description="which part of a sample it sees")
-    image_size: PositiveInt | None = Field(None, description="side of its input, in pixels; none: data.image.size")
+    image_size: PositiveInt | None = Field(None, description="side of its input, in pixels; none: its published one")
     mean: Triple | None = Field(None, description="channel means it subtracts; none: its published ones")
     std: Triple | None = Field(None, description="channel deviations it divides by; none: its published ones")
-    precision: Literal["fp32", "bf16", "fp16"] = Field("bf16", description="arithmetic of its forward pass")
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
+        "auto", description="arithmetic of its forward pass; auto: half precision where the device has it, else fp32"
+    )
     pooling: Literal["cls", "mean"] = Field(
         "cls", description="of a Hugging Face teacher: its first token or the mean over its real tokens"
     )
@@ -251,7 +276,7 @@ class ObjectiveConfig(Section):
 class CLSRegressionConfig(ObjectiveConfig):
     """Regress the teacher's CLS from each modality's pooled output (the source's multimodal loss)."""
 
-    kind: Literal["cls_regression"] = "cls_regression"
+    kind: Literal["cls_regression"] = Field("cls_regression", description="regression of a teacher's CLS")
     teacher: str = Field(
         description="key in `teachers`, or `encoder:MODALITY`: the pooled feature of the student's own frozen timm "
         "encoder, which then serves as teacher without a second forward pass"
@@ -270,8 +295,8 @@ class CLSRegressionConfig(ObjectiveConfig):
 class ContrastiveConfig(ObjectiveConfig):
     """Symmetric InfoNCE between two modalities, negatives from all ranks with gradient."""
 
-    kind: Literal["contrastive"] = "contrastive"
-    temperature: float = Field(0.07, gt=0, description="initial softmax temperature")
+    kind: Literal["contrastive"] = Field("contrastive", description="InfoNCE between two modalities")
+    temperature: float = Field(0.07, ge=0.01, le=1, description="initial softmax temperature")
     learned: bool = Field(True, description="learn the temperature, its inverse clamped to [1, 100]")
     label_smoothing: Fraction = Field(0.0, description="probability mass spread evenly over the negatives")
 
@@ -279,7 +304,7 @@ class ContrastiveConfig(ObjectiveConfig):
 class AttributesConfig(ObjectiveConfig):
     """Multi-label classification of a sample's known attributes (binary cross-entropy)."""
 
-    kind: Literal["attributes"] = "attributes"
+    kind: Literal["attributes"] = Field("attributes", description="classification of known attributes")
     modality: str = Field("image", description="whose pooled output is classified")
     classes: PositiveInt = Field(description="length of the label vector named by data.labels")
     prior: float = Field(0.5, gt=0, lt=1, description="probability every attribute starts with")
@@ -306,7 +331,7 @@ class OptimizerConfig(Section):
         "auto", description="adamw: torch; deepspeed_adam: FusedAdam on CUDA, CPUAdam on CPU; apex_adam: NVIDIA apex"
     )
     lr: float = Field(5e-4, gt=0, description="peak learning rate")
-    betas: tuple[Fraction, Fraction] = Field((0.9, 0.98), description="decay of Adam's two averages")
+    betas: tuple[Rate, Rate] = Field((0.9, 0.98), description="decay of Adam's two averages")
     eps: float = Field(1e-6, gt=0, description="Adam's epsilon")
     weight_decay: float = Field(0.01, ge=0, description="decoupled weight decay")
     decay_all: bool = Field(
@@ -316,7 +341,9 @@ class OptimizerConfig(Section):
     warmup: float = Field(0.1, ge=0, description="warm-up: a fraction of all steps if < 1, else a number of steps")
     min_lr_ratio: Fraction = Field(0.0, description="final learning rate as a fraction of the peak")
     clip_norm: float | None = Field(None, gt=0, description="largest global gradient norm; none: no clipping")
-    groups: list[ParameterGroupConfig] = Field(default_factory=list, description="first match wins")
+    groups: list[ParameterGroupConfig] = Field(
+        default_factory=list, description="parameters with settings of their own; the first match wins"
+    )
 
 
 class EngineConfig(Section):
@@ -369,15 +396,17 @@ class Config(Section):
     seed: int = Field(0, ge=0, description="seed of initialisation, data order, augmentation and dropout")
     steps: PositiveInt | None = Field(None, description="optimiser steps; give this or `epochs`")
     epochs: float | None = Field(None, gt=0, description="passes over data.train; give this or `steps`")
-    data: DataConfig
-    model: ModelConfig
+    data: DataConfig = Field(description="where samples come from")
+    model: ModelConfig = Field(description="the student")
     teachers: dict[str, TeacherConfig] = Field(default_factory=dict, description="name → frozen teacher")
     objectives: list[AnyObjective] = Field(min_length=1, description="terms of the loss, summed with their weights")
-    optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig)
-    engine: EngineConfig = Field(default_factory=EngineConfig)
-    checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
-    evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig)
-    logging: LoggingConfig = Field(default_factory=LoggingConfig)
+    optimizer: OptimizerConfig = Field(
+        default_factory=OptimizerConfig, description="optimiser and learning-rate schedule"
+    )
+    engine: EngineConfig = Field(default_factory=EngineConfig, description="how a step is computed on the ranks")
+    checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig, description="what is kept of the run")
+    evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig, description="recall during training")
+    logging: LoggingConfig = Field(default_factory=LoggingConfig, description="what a person sees")
 
     @model_validator(mode="after")
     def _consistent(self) -> Config:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
 from mmd2v.config.load import load_config
@@ -18,6 +18,7 @@ from mmd2v.data.tokenizers import load_tokenizer
 from mmd2v.errors import UserError
 from mmd2v.models.layers import SHARED
 from mmd2v.models.student import Student, build_student
+from mmd2v.models.timm_backbone import load_exactly
 
 WEIGHTS_FILE = "model.safetensors"
 CONFIG_FILE = "config.yaml"
@@ -31,16 +32,12 @@ def load_student(folder: str | Path, where: str) -> Student:
     config = load_export_config(folder, where)
     tokenizer = None if config.data.tokenizer is None else load_tokenizer(config.data.tokenizer)
     student = build_student(config, tokenizer, pretrained=False)
-    state = load_file(_file(folder, WEIGHTS_FILE, where))
-    expected = student.state_dict()
-    missing, unexpected = sorted(expected.keys() - state.keys()), sorted(state.keys() - expected.keys())
-    wrong = [k for k in expected.keys() & state.keys() if expected[k].shape != state[k].shape]
-    if missing or unexpected or wrong:
-        raise UserError(
-            f"{where}: the weights in {folder} do not fit its {CONFIG_FILE}: {len(missing)} missing {missing[:3]}, "
-            f"{len(unexpected)} unexpected {unexpected[:3]}, {len(wrong)} of another shape {wrong[:3]}"
-        )
-    student.load_state_dict(state)
+    path = _file(folder, WEIGHTS_FILE, where)
+    try:
+        state = load_file(path)
+    except SafetensorError as error:
+        raise UserError(f"{where}: {path} is no readable safetensors file: {error}") from error
+    load_exactly(student, state, f"{where}: the weights in {folder} do not fit its {CONFIG_FILE}")
     return student.eval()
 
 

@@ -15,7 +15,7 @@ logger = logging.getLogger(__name__)
 _TOLERANCE = 1e-9  # relative, in float64: folding is exact algebra
 
 
-def fold_batch_norms(model: nn.Module, image_size: int = 64) -> nn.Module:
+def fold_batch_norms(model: nn.Module) -> nn.Module:
     """Return ``model`` (in eval mode, for good) with every batch norm folded that follows a convolution.
 
     Pairs are neighbours by registration, which is the order of execution in most models but not in all. Whether it is
@@ -23,8 +23,11 @@ def fold_batch_norms(model: nn.Module, image_size: int = 64) -> nn.Module:
     is the same when the model is rebuilt for a checkpoint; a model that fails the trial stays as it is.
     """
     model.eval()
+    if not any(isinstance(module, nn.BatchNorm2d) for module in model.modules()):
+        return model
     trial = _randomized(model)
-    images = torch.rand(1, 3, image_size, image_size, dtype=torch.float64)
+    size = getattr(model, "pretrained_cfg", {}).get("input_size", (3, 64, 64))
+    images = torch.rand(1, *size, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         expected = trial.forward_features(images)
         found = _fold(trial).forward_features(images)

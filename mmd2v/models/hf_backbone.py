@@ -6,8 +6,10 @@ from pathlib import Path
 
 import torch
 import transformers
+from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModel
+from transformers.image_processing_base import ImageProcessingMixin
 
 from mmd2v.errors import UserError
 
@@ -22,14 +24,41 @@ def load_model(name: str, *, pretrained: bool, where: str) -> nn.Module:
     transformers.utils.logging.disable_progress_bar()
     try:
         if not pretrained:
-            return AutoModel.from_config(AutoConfig.from_pretrained(name), attn_implementation="sdpa")
+            return AutoModel.from_config(
+                AutoConfig.from_pretrained(name, trust_remote_code=False), attn_implementation="sdpa"
+            )
         return AutoModel.from_pretrained(
             name, dtype=torch.float32, use_safetensors=True, attn_implementation="sdpa", trust_remote_code=False
         )
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         hint = "" if Path(name).is_dir() else " (it is no folder here, and the hub cannot be asked or does not know it)"
         first_line = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(f"{where}: no Hugging Face encoder '{name}'{hint}: {first_line}") from error
+
+
+def published_mean_std(name: str, where: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Return the channel means and deviations of a vision encoder's own image processor.
+
+    Raises UserError, beginning with ``where``, when it publishes none.
+    """
+    try:
+        processor, _ = ImageProcessingMixin.get_image_processor_dict(name)
+        return tuple(processor["image_mean"]), tuple(processor["image_std"])
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(
+            f"{where}: '{name}' publishes no image mean and deviation (preprocessor_config.json); set mean and std"
+        ) from error
+
+
+def first_position(model: nn.Module) -> int:
+    """Return the id of a text's first position: RoBERTa and its kin count from the padding index + 1."""
+    counts_from_padding = {"roberta", "xlm-roberta", "camembert", "data2vec-text"}
+    return model.config.pad_token_id + 1 if model.config.model_type in counts_from_padding else 0
+
+
+def text_positions(model: nn.Module) -> int:
+    """Return the longest text the model has positions for, in tokens."""
+    return model.config.max_position_embeddings - first_position(model)
 
 
 def bert_block(model: nn.Module, index: int, where: str) -> dict[str, torch.Tensor]:

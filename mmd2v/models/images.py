@@ -7,6 +7,14 @@ import torch.nn.functional as F
 from torch import nn
 
 
+def resize(images: torch.Tensor, size: int) -> torch.Tensor:
+    """Return square images [B, 3, H, H] resized to ``size`` pixels, fp32 in [0, 255]; bicubic, antialiased."""
+    if images.shape[-1] == size:
+        return images.float()
+    resized = F.interpolate(images.float(), size=(size, size), mode="bicubic", antialias=True, align_corners=False)
+    return resized.clamp(0, 255)
+
+
 class Normalize(nn.Module):
     """uint8 [B, 3, H, W] → (x / 255 − mean) / std, resized to ``size`` pixels when the input has another size."""
 
@@ -20,8 +28,7 @@ class Normalize(nn.Module):
     def forward(self, images: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """Return [B, 3, size, size] of ``dtype``, channels last in memory (convolutions are faster so)."""
         x = images.to(torch.float32, memory_format=torch.channels_last)
-        if self.size is not None and x.shape[-1] != self.size:
-            x = F.interpolate(x, size=(self.size, self.size), mode="bicubic", antialias=True, align_corners=False)
-            x = x.clamp(0, 255)
+        if self.size is not None:
+            x = resize(x, self.size)
         x = (x - self.offset.float()) * self.factor.float()
         return x.to(dtype)

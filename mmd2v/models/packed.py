@@ -88,6 +88,10 @@ class Layout:
 
         return self._once(("first_rows", modality), build)
 
+    def lengths_on_device(self, modality: str) -> torch.Tensor:
+        """Return int64 [S]: tokens of each sequence, on the device."""
+        return self._once(("lengths", modality), lambda: self._to_device(self.lengths[modality]))
+
     def sequence_of_row(self, modality: str | None = None) -> torch.Tensor:
         """Return int64 [rows]: the sequence each row belongs to, of one modality or (None) of all."""
 

@@ -11,7 +11,10 @@ from torch import nn
 
 from mmd2v.errors import UserError, nearest
 
-_NOT_DECAYED = ("cls_token", "positions", "embedding")
+_NOT_DECAYED = {
+    *("cls_token", "reg_token", "dist_token", "mask_token", "positions", "pos_embed"),
+    "relative_position_bias_table",
+}
 
 
 def no_decay(name: str, parameter: torch.Tensor) -> bool:
@@ -20,7 +23,9 @@ def no_decay(name: str, parameter: torch.Tensor) -> bool:
     ``parameter`` may be a ZeRO-3 stub; its full shape is then under ``ds_shape``.
     """
     shape = getattr(parameter, "ds_shape", parameter.shape)
-    return len(shape) <= 1 or any(word in name for word in _NOT_DECAYED)
+    parts = name.split(".")
+    is_table = len(shape) == 2 and len(parts) > 1 and parts[-2].endswith(("embedding", "embeddings"))
+    return len(shape) <= 1 or is_table or not _NOT_DECAYED.isdisjoint(parts)
 
 
 def part(name: str) -> str:

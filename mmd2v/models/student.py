@@ -5,7 +5,7 @@ Shapes: T rows of all sequences ordered by modality, S sequences of one modality
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 import torch.nn.functional as F
@@ -43,7 +43,10 @@ class Student(nn.Module):
         self.config = config
         names = tuple(config.encoders)
         self.encoders = nn.ModuleDict(
-            {name: ENCODERS[encoder.kind](encoder, context) for name, encoder in config.encoders.items()}
+            {
+                name: ENCODERS[encoder.kind](encoder, replace(context, where=f"model.encoders.{name}"))
+                for name, encoder in config.encoders.items()
+            }
         )
         self.inputs = {name: encoder.input for name, encoder in config.encoders.items()}
         self.layers = nn.ModuleList(
@@ -89,7 +92,7 @@ class Student(nn.Module):
         """Return the rows of the chosen modalities after the last layer, and their backbones' pooled features."""
         device = batch.images.device
         layout = Layout.build({name: self.encoders[name].lengths(batch) for name in modalities}, device)
-        encoded = {name: self.encoders[name](batch) for name in modalities}
+        encoded = {name: self.encoders[name](batch, layout, name) for name in modalities}
         rows = _Rows({name: one.rows for name, one in encoded.items()})
         for layer in self.layers:
             inner = layout.select(layer.modalities)
@@ -118,7 +121,7 @@ class Student(nn.Module):
             return rows_RD.unflatten(0, (len(lengths), -1)).mean(dim=1)
         total_SD = torch.zeros(len(lengths), rows_RD.shape[1], dtype=rows_RD.dtype, device=rows_RD.device)
         total_SD = total_SD.index_add(0, layout.sequence_of_row(modality), rows_RD)
-        return total_SD / torch.from_numpy(lengths).to(rows_RD.device, rows_RD.dtype, non_blocking=True)[:, None]
+        return total_SD / layout.lengths_on_device(modality).to(rows_RD.dtype)[:, None]
 
 
 class Projection(nn.Module):

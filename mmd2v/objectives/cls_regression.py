@@ -30,8 +30,11 @@ class CLSRegression(Objective):
         kind, _, modality = config.teacher.partition(":")
         self.own_encoder = modality if kind == "encoder" else None
         width = student.config.width
+        self.inputs = student.inputs
         if self.own_encoder:
             target_width = student.encoders[modality].feature_width
+            if target_width is None:
+                raise UserError(f"{where}.teacher: the encoder '{modality}' has no pooled feature to regress")
             self.teacher_modality = student.inputs[modality]
         else:
             target_width = teachers[config.teacher].width
@@ -52,7 +55,7 @@ class CLSRegression(Objective):
             head = self.heads["shared" if self.config.shared_head else modality]
             prediction = head(output.pooled[modality]).float()
             losses[f"cls_regression_loss/{modality}"] = self._distance(
-                *_align(prediction, target_BC, modality, self.teacher_modality, batch)
+                *_align(prediction, target_BC, self.inputs[modality], self.teacher_modality, batch)
             )
         return losses
 
@@ -71,12 +74,12 @@ class CLSRegression(Objective):
 
 
 def _align(
-    prediction: torch.Tensor, target: torch.Tensor, modality: str, teacher_modality: str, batch: Batch
+    prediction: torch.Tensor, target: torch.Tensor, kind: str, teacher_kind: str, batch: Batch
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Pair rows: a caption with its image's target, or an image (repeated) with each of its captions' targets."""
-    if modality == "text" and teacher_modality == "image":
+    if kind == "text" and teacher_kind == "image":
         return prediction, target[batch.caption_image]
-    if modality != "text" and teacher_modality == "text":
+    if kind != "text" and teacher_kind == "text":
         return prediction[batch.caption_image], target
     return prediction, target
 

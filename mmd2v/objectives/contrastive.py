@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import nn
@@ -18,6 +19,25 @@ from mmd2v.objectives.base import Objective
 from mmd2v_kernels import contrastive
 
 _LARGEST_LOG_SCALE = math.log(100)
+
+
+class _ClampInward(torch.autograd.Function):
+    """Clamp whose gradient dies outside the bounds only where a descent step would lead further out.
+
+    With a plain clamp a temperature that once passed a bound would stay there for good.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, low: float, high: float) -> torch.Tensor:
+        ctx.save_for_backward(x)
+        ctx.bounds = low, high
+        return x.clamp(low, high)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        (x,), (low, high), (gradient,) = ctx.saved_tensors, ctx.bounds, gradients
+        outward = ((x > high) & (gradient < 0)) | ((x < low) & (gradient > 0))
+        return gradient.masked_fill(outward, 0), None, None
 
 
 class Contrastive(Objective):
@@ -36,7 +56,7 @@ class Contrastive(Objective):
 
     def scale(self) -> torch.Tensor:
         """Return the inverse temperature, within [1, 100]."""
-        return self.log_scale.float().clamp(0, _LARGEST_LOG_SCALE).exp()
+        return _ClampInward.apply(self.log_scale.float(), 0.0, _LARGEST_LOG_SCALE).exp()
 
     def forward(self, output: StudentOutput, targets: Mapping[str, Targets], batch: Batch) -> dict[str, torch.Tensor]:
         """Return ``contrastive_loss``."""

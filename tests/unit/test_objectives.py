@@ -89,6 +89,18 @@ def test_temperature_is_clamped_and_reported():
     assert term.scale().item() == pytest.approx(1)
 
 
+@pytest.mark.parametrize(("start", "inward"), [(9.0, 1.0), (-3.0, -1.0)])
+def test_a_temperature_outside_its_bounds_can_return(start, inward):
+    """Descent follows minus the gradient: only the sign that leads back in may pass the clamp."""
+    _, objectives = build([{"kind": "contrastive"}])
+    term = objectives.terms[0]
+    with torch.no_grad():
+        term.log_scale.fill_(start)
+    (back,) = torch.autograd.grad((term.scale() * inward).sum(), term.log_scale)
+    (out,) = torch.autograd.grad((term.scale() * -inward).sum(), term.log_scale)
+    assert back.item() * inward > 0 and out.item() == 0
+
+
 def test_contrastive_needs_two_modalities():
     with pytest.raises(UserError, match="contrastive needs an image and a text modality"):
         build([{"kind": "contrastive"}], model__encoders={"image": {"kind": "patch", "patch_size": 8}})
@@ -116,7 +128,16 @@ def test_the_frozen_encoder_is_the_teacher_without_a_second_pass(tmp_path):
     config = small_config(
         data__image__size=64,
         model__encoders__image=encoder,
-        teachers={"t": {"name": f"timm:resnet10t@{weights}", "precision": "fp32"}},
+        # The statistics of the data, as the encoder uses them.
+        teachers={
+            "t": {
+                "name": f"timm:resnet10t@{weights}",
+                "precision": "fp32",
+                "image_size": 64,
+                "mean": (0.485, 0.456, 0.406),
+                "std": (0.229, 0.224, 0.225),
+            }
+        },
         objectives=[{"kind": "cls_regression", "teacher": name} for name in names.values()],
     )
     student = build_student(config, StubTokenizer()).eval()
@@ -135,3 +156,14 @@ def test_an_encoder_that_is_not_frozen_is_no_teacher():
         small_config(objectives=[{"kind": "cls_regression", "teacher": "encoder:image"}])
     with pytest.raises(ValidationError, match="is not among teachers"):
         small_config(objectives=[{"kind": "cls_regression", "teacher": "nobody"}])
+
+
+def test_regression_knows_the_kind_of_a_modality_by_its_encoder():
+    term = {"kind": "cls_regression", "teacher": "t", "head": "none", "modalities": ["photo", "caption"]}
+    encoders = {"photo": {"kind": "patch", "patch_size": 8}, "caption": {"kind": "tokens"}}
+    student, objectives = build([term], StubTeacher(16, "image"), model__encoders=encoders)
+    batch, target = random_batch(captions=3), torch.randn(4, 16)
+    output = student(batch)
+    losses = objectives(output, {"t": Targets(target)}, batch)
+    expected = F.mse_loss(output.pooled["caption"], target.repeat_interleave(3, 0))
+    torch.testing.assert_close(losses["cls_regression_loss/caption"], expected)

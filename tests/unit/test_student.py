@@ -7,6 +7,7 @@ from safetensors.torch import save_file
 from small import StubTokenizer, random_batch, small_config
 
 from mmd2v.errors import UserError
+from mmd2v.models.folding import fold_batch_norms
 from mmd2v.models.parameters import no_decay, part
 from mmd2v.models.student import build_student
 
@@ -225,3 +226,44 @@ def test_a_tokenizer_larger_than_the_embedding_table_is_refused(shared):
     )
     with pytest.raises(UserError, match=r"has 50000 ids, but the embedding table of .* has 30522 rows"):
         build_student(config, LargeTokenizer())
+
+
+@pytest.mark.parametrize("modality", ["image", "text"])
+def test_a_frozen_encoder_has_no_trainable_parameter(modality):
+    encoder = {"image": {"kind": "patch", "patch_size": 8}, "text": {"kind": "tokens"}}[modality]
+    student = build(**{f"model__encoders__{modality}": {**encoder, "frozen": True}})
+    assert not any(p.requires_grad for p in student.encoders[modality].parameters())
+    assert all(p.requires_grad for p in student.layers.parameters())
+
+
+def test_modalities_may_have_any_name():
+    student = build(model__encoders={"photo": {"kind": "patch", "patch_size": 8}, "caption": {"kind": "tokens"}})
+    batch = random_batch()
+    assert set(student(batch).embedding) == {"photo", "caption"}
+    assert student.encode_image(batch.images).shape == (4, 16)
+
+
+def test_names_of_libraries_are_not_decayed_either():
+    table, convolution, vector = torch.zeros(5, 4), torch.zeros(4, 3, 2, 2), torch.zeros(1, 5, 4)
+    assert no_decay("encoders.image.backbone.pos_embed", vector)
+    assert no_decay("encoders.text.embeddings.word_embeddings.weight", table)
+    assert no_decay("layers.0.relative_position_bias_table", table)
+    assert not no_decay("encoders.image.backbone.embeddings.patch_embeddings.projection.weight", convolution)
+
+
+def test_a_frozen_backbone_of_an_export_starts_another(tmp_path):
+    """An export holds a frozen backbone folded; one that trained it holds it whole. Both are sources of weights."""
+    torch.manual_seed(0)
+    whole = timm.create_model("resnet10t", num_classes=0)
+    folded = fold_batch_norms(timm.create_model("resnet10t", num_classes=0))
+    for name, model in (("whole", whole), ("folded", folded)):
+        folder = tmp_path / name
+        folder.mkdir()
+        state = {f"encoders.photo.backbone.{k}": v for k, v in model.state_dict().items()}
+        save_file(state, folder / "model.safetensors")
+        encoder = {"kind": "timm", "name": "resnet10t", "weights": str(folder), "frozen": True}
+        backbone = build(model__encoders__image=encoder, data__image__size=64).encoders["image"].backbone
+        images = torch.rand(1, 3, 64, 64)
+        torch.testing.assert_close(
+            backbone.forward_features(images), model.eval().forward_features(images), rtol=1e-4, atol=1e-4
+        )

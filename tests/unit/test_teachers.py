@@ -1,10 +1,13 @@
 """Teachers: frozen whatever an engine does, their own normalisation and size, names that do not exist."""
 
 import io
+import json
 import tarfile
 
 import pytest
+import timm
 import torch
+import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from small import random_batch
 
@@ -12,12 +15,11 @@ import mmd2v.teachers
 from mmd2v.data.batch import Batch
 from mmd2v.data.transforms import decode_image
 from mmd2v.errors import UserError
+from mmd2v.models.timm_backbone import feature_shape
 
 
 @pytest.fixture
 def weights(tmp_path):
-    import timm
-
     path = tmp_path / "resnet10t.safetensors"
     torch.manual_seed(0)
     save_file(timm.create_model("resnet10t", drop_rate=0.5).state_dict(), path)
@@ -25,7 +27,9 @@ def weights(tmp_path):
 
 
 def test_a_teacher_stays_in_eval_mode_and_gives_no_gradient(weights):
-    teacher = mmd2v.teachers.load(f"timm:resnet10t@{weights}", kwargs={"drop_rate": 0.5, "drop_path_rate": 0.5})
+    teacher = mmd2v.teachers.load(
+        f"timm:resnet10t@{weights}", image_size=64, kwargs={"drop_rate": 0.5, "drop_path_rate": 0.5}
+    )
     batch = random_batch(size=64)
     first = teacher(batch)
     teacher.train()
@@ -37,28 +41,104 @@ def test_a_teacher_stays_in_eval_mode_and_gives_no_gradient(weights):
 
 
 def test_precision_is_the_teachers_own_under_autocast(weights):
-    teacher = mmd2v.teachers.load(f"timm:resnet10t@{weights}", precision="fp32")
+    teacher = mmd2v.teachers.load(f"timm:resnet10t@{weights}", image_size=64, precision="fp32")
     batch = random_batch(size=64)
     plain = teacher(batch).cls_BD
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert torch.equal(teacher(batch).cls_BD, plain)
-    half = mmd2v.teachers.load(f"timm:resnet10t@{weights}", precision="bf16")(batch).cls_BD
+    half = mmd2v.teachers.load(f"timm:resnet10t@{weights}", image_size=64, precision="bf16")(batch).cls_BD
     assert not torch.equal(half, plain)
     torch.testing.assert_close(half, plain, rtol=0.1, atol=0.05)
 
 
 def test_own_input_size_and_normalisation(weights):
     batch = random_batch(size=64)
-    name = f"timm:resnet10t@{weights}"
-    small = mmd2v.teachers.load(name, image_size=64, precision="fp32")
-    resized = mmd2v.teachers.load(name, precision="fp32", **{"mean": (0.0,) * 3, "std": (1.0,) * 3})
-    assert not torch.allclose(small(batch).cls_BD, resized(batch).cls_BD)
-    from mmd2v.config.schema import TeacherConfig
-    from mmd2v.models.teachers.timm import TimmTeacher
+    name, options = f"timm:resnet10t@{weights}", {"mean": (0.1, 0.2, 0.3), "std": (1.0, 0.5, 0.2), "precision": "fp32"}
+    large = mmd2v.teachers.load(name, image_size=96, **options)
+    pixels = F.interpolate(batch.images.float(), size=(96, 96), mode="bicubic", antialias=True).clamp(0, 255) / 255
+    mean, std = (torch.tensor(options[key]).view(1, 3, 1, 1) for key in ("mean", "std"))
+    with torch.no_grad():
+        plain = timm.create_model("resnet10t").eval()
+        plain.load_state_dict(load_file(weights))
+        expected = plain.forward_head(plain.forward_features((pixels - mean) / std), pre_logits=True)
+    torch.testing.assert_close(large(batch).cls_BD, expected, rtol=1e-4, atol=1e-4)
+    assert large(batch).tokens_BTD.shape[1] == 9
 
-    config = TeacherConfig(name=name, image_size=96, precision="fp32")
-    teacher = TimmTeacher(f"resnet10t@{weights}", config, 64, "here").freeze(torch.device("cpu"))
-    assert teacher(batch).tokens_BTD.shape[1] == 9
+
+def test_without_a_size_the_published_one_is_used(weights):
+    teacher = mmd2v.teachers.load(f"timm:resnet10t@{weights}")
+    assert teacher.normalize.size == timm.get_pretrained_cfg("resnet10t").input_size[-1]
+
+
+@pytest.mark.parametrize(
+    ("model", "kwargs", "tokens"),
+    [
+        ("test_vit", {}, 100),  # CLS pooling, fixed size
+        ("test_vit2", {}, 100),  # average pooling with its own norm
+        ("mobilenetv3_small_050", {}, 4),  # a convolution after pooling
+        ("swin_tiny_patch4_window7_224", {"img_size": 64, "window_size": 2, "embed_dim": 12, "depths": (1, 1)}, 64),
+    ],
+)
+def test_backbones_of_every_kind(tmp_path, model, kwargs, tokens):
+    """The CLS is what timm itself would classify, and tokens are positions whatever the order of the axes."""
+    torch.manual_seed(0)
+    plain = timm.create_model(model, **kwargs).eval()
+    save_file(plain.state_dict(), tmp_path / "w.safetensors")
+    options = {} if kwargs or "vit" in model else {"image_size": 64}
+    teacher = mmd2v.teachers.load(
+        f"timm:{model}@{tmp_path / 'w.safetensors'}", kwargs=kwargs, precision="fp32", **options
+    )
+    batch = random_batch(size=teacher.normalize.size)
+    found = teacher(batch)
+    with torch.no_grad():
+        raw = plain.forward_features(teacher.normalize(batch.images))
+        expected = plain.forward_head(raw, pre_logits=True)
+    torch.testing.assert_close(found.cls_BD, expected, rtol=1e-4, atol=1e-4)
+    assert found.cls_BD.shape == (4, teacher.width) and found.tokens_BTD.shape[:2] == (4, tokens)
+    if raw.ndim == 4 and raw.shape[-1] == found.tokens_BTD.shape[-1]:
+        torch.testing.assert_close(found.tokens_BTD, raw.flatten(1, 2), rtol=1e-4, atol=1e-4)
+
+
+def test_a_size_the_model_cannot_take_is_named():
+    with pytest.raises(UserError, match="gives no feature map -1 for images of 72 pixels"):
+        feature_shape(timm.create_model("test_vit"), 72, -1, "here")
+
+
+def test_damaged_weights_are_named(tmp_path):
+    (tmp_path / "w.safetensors").write_bytes(b"no tensors here")
+    with pytest.raises(UserError, match="is no readable safetensors file"):
+        mmd2v.teachers.load(f"timm:resnet10t@{tmp_path / 'w.safetensors'}")
+
+
+@pytest.fixture(scope="module")
+def vision_folder(tmp_path_factory):
+    from transformers import ViTConfig, ViTModel
+
+    folder = tmp_path_factory.mktemp("vit")
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    ViTModel(ViTConfig(**sizes, image_size=32, patch_size=8)).save_pretrained(folder)
+    return folder
+
+
+def test_a_hugging_face_vision_teacher_uses_its_own_statistics(vision_folder):
+    name = f"hf:{vision_folder}"
+    (vision_folder / "preprocessor_config.json").unlink(missing_ok=True)
+    with pytest.raises(UserError, match="publishes no image mean and deviation"):
+        mmd2v.teachers.load(name)
+    record = {"image_mean": [0.4, 0.5, 0.6], "image_std": [0.2, 0.2, 0.3]}
+    (vision_folder / "preprocessor_config.json").write_text(json.dumps(record))
+    batch = random_batch(size=32)
+    own = mmd2v.teachers.load(name, precision="fp32")(batch).cls_BD
+    given = {"mean": tuple(record["image_mean"]), "std": tuple(record["image_std"])}
+    torch.testing.assert_close(own, mmd2v.teachers.load(name, precision="fp32", **given)(batch).cls_BD)
+    other = mmd2v.teachers.load(name, precision="fp32", mean=(0.5,) * 3, std=(0.5,) * 3)(batch).cls_BD
+    assert not torch.allclose(own, other, atol=1e-3)
+
+
+def test_automatic_precision_is_what_the_device_has(weights):
+    teacher = mmd2v.teachers.load(f"timm:resnet10t@{weights}")
+    expected = torch.bfloat16 if torch.ops.mkldnn._is_mkldnn_bf16_supported() else torch.float32
+    assert teacher.dtype == expected and next(teacher.parameters()).dtype == expected
 
 
 @pytest.mark.parametrize(
@@ -101,8 +181,6 @@ def test_text_teacher_pools_real_tokens_only(shared):
 
 def test_mobilenet_features_separate_pictures_as_published(shared):
     """The real teacher, its real weights: with its own normalisation it is surer of a picture's class than without."""
-    import timm
-
     folder = shared / "teachers" / "mobilenetv2_100"
     name = f"timm:mobilenetv2_100@{folder / 'model.safetensors'}"
     half = (128 / 255,) * 3

@@ -15,6 +15,7 @@ from torch import nn
 
 from mmd2v.config.schema import EncoderConfig
 from mmd2v.data.batch import Batch
+from mmd2v.models.packed import Layout
 from mmd2v.models.positions import sincos_2d
 
 
@@ -32,6 +33,8 @@ class EncoderContext:
     max_length: int | None
     pretrained: bool
     """False: build the modules only, because all weights are about to be loaded from a checkpoint."""
+    where: str = "model.encoders"
+    """Place in the config, for error messages."""
 
 
 class Encoded(NamedTuple):
@@ -44,7 +47,10 @@ class Encoded(NamedTuple):
 
 
 class ModalityEncoder(nn.Module):
-    """Base class. Subclasses implement :meth:`lengths` and :meth:`forward`."""
+    """Base class. Subclasses implement :meth:`lengths` and :meth:`forward`.
+
+    Text encoders also set ``vocab_size`` (rows of the embedding table) and ``max_length`` (positions, None: any).
+    """
 
     def __init__(self, config: EncoderConfig) -> None:
         super().__init__()
@@ -54,8 +60,8 @@ class ModalityEncoder(nn.Module):
         """Return int64 [S], tokens of each sequence of the batch, computed on the host."""
         raise NotImplementedError  # an abstract method
 
-    def forward(self, batch: Batch) -> Encoded:
-        """Return the rows that enter the layers."""
+    def forward(self, batch: Batch, layout: Layout, modality: str) -> Encoded:
+        """Return the rows that enter the layers; ``layout`` knows them under ``modality``."""
         raise NotImplementedError  # an abstract method
 
 

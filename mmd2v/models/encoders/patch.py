@@ -10,6 +10,7 @@ from mmd2v.data.batch import Batch
 from mmd2v.errors import UserError
 from mmd2v.models.encoders.base import Encoded, EncoderContext, FixedGrid, ModalityEncoder
 from mmd2v.models.images import Normalize
+from mmd2v.models.packed import Layout
 
 
 class PatchEncoder(ModalityEncoder):
@@ -25,12 +26,14 @@ class PatchEncoder(ModalityEncoder):
         self.normalize = Normalize(context.image_mean, context.image_std)
         self.proj = nn.Conv2d(3, context.width, config.patch_size, config.patch_size)
         self.grid = FixedGrid(config, context.width, (side, side), context.width)
+        if config.frozen:
+            self.requires_grad_(False)
 
     def lengths(self, batch: Batch) -> np.ndarray:
         """Return the same number of tokens for every image."""
         return np.full(len(batch), self.grid.tokens)
 
-    def forward(self, batch: Batch) -> Encoded:
+    def forward(self, batch: Batch, layout: Layout, modality: str) -> Encoded:
         """Return [B · tokens, D]."""
         x_BDhw = self.proj(self.normalize(batch.images, self.proj.weight.dtype))
         return Encoded(self.grid(x_BDhw.flatten(2).transpose(1, 2)))

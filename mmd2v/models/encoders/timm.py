@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 
 import numpy as np
 import torch
@@ -12,7 +13,10 @@ from mmd2v.config.schema import TimmEncoderConfig
 from mmd2v.data.batch import Batch
 from mmd2v.models.encoders.base import Encoded, EncoderContext, FixedGrid, ModalityEncoder
 from mmd2v.models.images import Normalize
-from mmd2v.models.timm_backbone import create_backbone, feature_map, output_grid, pooled_width
+from mmd2v.models.packed import Layout
+from mmd2v.models.timm_backbone import backbone_features, create_backbone, feature_shape
+
+logger = logging.getLogger(__name__)
 
 
 class TimmEncoder(ModalityEncoder):
@@ -26,16 +30,20 @@ class TimmEncoder(ModalityEncoder):
             config.name,
             weights=config.weights if context.pretrained else None,
             kwargs=config.kwargs,
-            # A backbone that is trained from scratch has no weights to fetch.
+            # A backbone that is trained and names no weights is meant to start from scratch.
             published=context.pretrained and config.frozen,
             frozen=config.frozen,
-            where="model.encoders.image.name",
+            where=f"{context.where}.name",
         )
+        if context.pretrained and not config.frozen and config.weights is None:
+            logger.info("%s: '%s' is trained from scratch (it names no weights)", context.where, config.name)
         if config.feature != -1:
             self.backbone.prune_intermediate_layers([config.feature], prune_norm=True, prune_head=True)
-        own_width, grid = output_grid(self.backbone, context.image_size, config.feature)
-        self.feature_norm = nn.LayerNorm(own_width) if config.feature_norm else nn.Identity()
-        self.grid = FixedGrid(config, own_width, grid, context.width)
+        shape = feature_shape(self.backbone, context.image_size, config.feature, context.where)
+        self.feature_width = shape.pooled_width if self.frozen else None
+        """Width of the pooled feature of a whole frozen backbone; None where there is none."""
+        self.feature_norm = nn.LayerNorm(shape.width) if config.feature_norm else nn.Identity()
+        self.grid = FixedGrid(config, shape.width, shape.grid, context.width)
         # The weights stay contiguous: DeepSpeed broadcasts parameters as bytes, which needs it. Channels-last images
         # alone make the convolutions take the fast path.
         if self.frozen:
@@ -52,16 +60,10 @@ class TimmEncoder(ModalityEncoder):
         """Return the same number of tokens for every image."""
         return np.full(len(batch), self.grid.tokens)
 
-    @property
-    def feature_width(self) -> int:
-        """Width of the pooled feature of a frozen backbone."""
-        return pooled_width(self.backbone)
-
-    def forward(self, batch: Batch) -> Encoded:
+    def forward(self, batch: Batch, layout: Layout, modality: str) -> Encoded:
         """Return [B · tokens, D] and, of a whole frozen backbone, its pooled feature."""
         dtype = next(self.backbone.parameters()).dtype
         with torch.no_grad() if self.frozen else contextlib.nullcontext():
-            map_BCHW = feature_map(self.backbone, self.normalize(batch.images, dtype), self.feature)
-            whole = self.frozen and self.feature == -1 and map_BCHW.shape[1] == self.feature_width
-            pooled_BC = self.backbone.forward_head(map_BCHW, pre_logits=True).float() if whole else None
-        return Encoded(self.grid(self.feature_norm(map_BCHW.flatten(2).transpose(1, 2))), pooled_BC)
+            map_BCHW, pooled_BC = backbone_features(self.backbone, self.normalize(batch.images, dtype), self.feature)
+        feature_BC = pooled_BC.float() if self.feature_width is not None and pooled_BC is not None else None
+        return Encoded(self.grid(self.feature_norm(map_BCHW.flatten(2).transpose(1, 2))), feature_BC)

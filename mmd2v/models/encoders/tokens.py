@@ -18,10 +18,11 @@ class TokenEncoder(ModalityEncoder):
     def __init__(self, config: TokenEncoderConfig, context: EncoderContext) -> None:
         super().__init__(config)
         if context.vocab_size is None or context.max_length is None:
-            raise UserError("model.encoders.text: a token encoder needs data.tokenizer")
+            raise UserError(f"{context.where}: a token encoder needs data.tokenizer")
         if config.positions == "sincos":
-            raise UserError("model.encoders.text.positions: found 'sincos', expected learned or none for text")
+            raise UserError(f"{context.where}.positions: found 'sincos', expected learned or none for text")
         self.vocab_size = context.vocab_size
+        self.max_length = context.max_length if config.positions == "learned" else None
         self.embedding = nn.Embedding(context.vocab_size, context.width)
         self.positions = nn.Embedding(context.max_length, context.width) if config.positions == "learned" else None
         self.norm = nn.LayerNorm(context.width) if config.norm else nn.Identity()
@@ -33,10 +34,9 @@ class TokenEncoder(ModalityEncoder):
         """Return the tokens of every caption."""
         return batch.text_lengths.numpy().astype(np.int64)
 
-    def forward(self, batch: Batch) -> Encoded:
+    def forward(self, batch: Batch, layout: Layout, modality: str) -> Encoded:
         """Return [S, D] for the packed ids [S]."""
         x_SD = self.embedding(batch.text_ids)
         if self.positions is not None:
-            layout = Layout.build({"text": self.lengths(batch)}, batch.text_ids.device)
-            x_SD = x_SD + self.positions(layout.position_of_row("text"))
+            x_SD = x_SD + self.positions(layout.position_of_row(modality))
         return Encoded(self.dropout(self.norm(x_SD)))

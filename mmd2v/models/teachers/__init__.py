@@ -6,6 +6,7 @@ Adding a kind of teacher is one file here and one line in ``TEACHERS``.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -17,21 +18,21 @@ from mmd2v.models.teachers.exported import ExportTeacher
 from mmd2v.models.teachers.hf import hf_teacher
 from mmd2v.models.teachers.timm import TimmTeacher
 
-TEACHERS: dict[str, Callable[[str, TeacherConfig, int, str], Teacher]] = {
+TEACHERS: dict[str, Callable[[str, TeacherConfig, str], Teacher]] = {
     "timm": TimmTeacher,
     "hf": hf_teacher,
     "mmd2v": ExportTeacher,
 }
-"""Prefix of a teacher's name → (rest of the name, config, image size in pixels, where in the config) → teacher."""
+"""Prefix of a teacher's name → (rest of the name, config, where in the config) → teacher."""
 
 
-def load(name: str, *, image_size: int = 224, device: str | torch.device = "cpu", **options) -> Teacher:
+def load(name: str, *, device: str | torch.device = "cpu", **options: Any) -> Teacher:
     """Load a teacher by its name, such as ``timm:resnet50`` or ``hf:FOLDER``.
 
     ``options`` are fields of :class:`mmd2v.config.schema.TeacherConfig`. Raises UserError for a name that does not
     exist.
     """
-    return _build(TeacherConfig(name=name, **options), image_size, torch.device(device), f"teacher {name}")
+    return _build(TeacherConfig(name=name, **options), torch.device(device), f"teacher {name}")
 
 
 def build_teachers(config: Config, device: torch.device, tokenizer: Tokenizer | None = None) -> dict[str, Teacher]:
@@ -42,21 +43,25 @@ def build_teachers(config: Config, device: torch.device, tokenizer: Tokenizer | 
     teachers = {}
     for name, teacher_config in config.teachers.items():
         where = f"teachers.{name}.name"
-        teacher = _build(teacher_config, config.data.image.size, device, where)
+        teacher = _build(teacher_config, device, where)
         if teacher.vocab_size is not None and tokenizer is not None and tokenizer.vocab_size > teacher.vocab_size:
             raise UserError(
                 f"{where}: its embedding table has {teacher.vocab_size} rows, but data.tokenizer has "
                 f"{tokenizer.vocab_size} ids: they do not belong together"
             )
+        if teacher.max_length is not None and tokenizer is not None and tokenizer.max_length > teacher.max_length:
+            raise UserError(
+                f"data.tokenizer.max_length: found {tokenizer.max_length}, {where} has {teacher.max_length} positions"
+            )
         teachers[name] = teacher
     return teachers
 
 
-def _build(config: TeacherConfig, image_size: int, device: torch.device, where: str) -> Teacher:
+def _build(config: TeacherConfig, device: torch.device, where: str) -> Teacher:
     kind, _, rest = config.name.partition(":")
     if kind not in TEACHERS:
         raise unknown_name(where, kind, TEACHERS)
-    teacher = TEACHERS[kind](rest, config, image_size, where)
+    teacher = TEACHERS[kind](rest, config, where)
     return teacher.freeze(device)
 
 

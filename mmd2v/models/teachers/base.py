@@ -5,6 +5,7 @@ Shapes: B samples, T tokens, D the teacher's width.
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -14,6 +15,8 @@ from mmd2v.config.schema import TeacherConfig
 from mmd2v.data.batch import Batch
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -26,6 +29,15 @@ class Targets:
     layer_results: list[torch.Tensor] = field(default_factory=list)
 
 
+def teacher_dtype(precision: str, device: torch.device) -> torch.dtype:
+    """Return the dtype of a teacher's forward pass; ``auto`` takes the half precision the device has, else fp32."""
+    if precision != "auto":
+        return _DTYPES[precision]
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+    return torch.bfloat16 if torch.ops.mkldnn._is_mkldnn_bf16_supported() else torch.float32
+
+
 class Teacher(nn.Module):
     """A frozen model. Subclasses implement :meth:`encode` and set :attr:`width`."""
 
@@ -33,11 +45,13 @@ class Teacher(nn.Module):
     """D"""
     vocab_size: int | None = None
     """Rows of its token embedding table; None for a teacher of images."""
+    max_length: int | None = None
+    """Positions it has, in tokens; None: any number, or a teacher of images."""
 
     def __init__(self, config: TeacherConfig) -> None:
         super().__init__()
         self.config = config
-        self.dtype = _DTYPES[config.precision]
+        self.dtype = torch.float32
 
     @property
     def modality(self) -> str:
@@ -51,6 +65,8 @@ class Teacher(nn.Module):
 
     def freeze(self, device: torch.device) -> Teacher:
         """Move to ``device`` in the configured precision, fixed and in eval mode."""
+        self.dtype = teacher_dtype(self.config.precision, device)
+        logger.info("teacher %s: %s on %s", self.config.name, str(self.dtype).removeprefix("torch."), device)
         return self.to(device=device, dtype=self.dtype).requires_grad_(False).eval()
 
     def train(self, mode: bool = True) -> Teacher:

@@ -7,30 +7,29 @@ import torch
 from mmd2v.config.schema import TeacherConfig
 from mmd2v.data.batch import Batch
 from mmd2v.errors import UserError
-from mmd2v.models.hf_backbone import load_model
+from mmd2v.models.hf_backbone import load_model, published_mean_std, text_positions
 from mmd2v.models.images import Normalize
 from mmd2v.models.packed import Layout
 from mmd2v.models.teachers.base import Targets, Teacher
 
-_HALF = (0.5, 0.5, 0.5)
 
-
-def hf_teacher(name: str, config: TeacherConfig, image_size: int, where: str) -> Teacher:
+def hf_teacher(name: str, config: TeacherConfig, where: str) -> Teacher:
     """Return the teacher ``hf:NAME-or-folder`` for the modality the config names."""
     kind = HFTextTeacher if config.modality == "text" else HFImageTeacher
-    return kind(name, config, image_size, where)
+    return kind(name, config, where)
 
 
 class HFTextTeacher(Teacher):
     """A BERT-like encoder over the student's own token ids; CLS or masked mean by ``pooling``."""
 
-    def __init__(self, name: str, config: TeacherConfig, image_size: int, where: str) -> None:
+    def __init__(self, name: str, config: TeacherConfig, where: str) -> None:
         super().__init__(config)
         self.model = load_model(name, pretrained=True, where=where)
         if not hasattr(self.model.config, "vocab_size"):
             raise UserError(f"{where}: '{name}' is no text encoder; set modality: image")
         self.width = self.model.config.hidden_size
         self.vocab_size = self.model.config.vocab_size
+        self.max_length = text_positions(self.model)
 
     def encode(self, batch: Batch) -> Targets:
         """Return the pooled vector of every caption and its padded tokens."""
@@ -49,7 +48,7 @@ class HFTextTeacher(Teacher):
 class HFImageTeacher(Teacher):
     """A ViT-like vision encoder; its CLS is the first token, or the mean of all by ``pooling``."""
 
-    def __init__(self, name: str, config: TeacherConfig, image_size: int, where: str) -> None:
+    def __init__(self, name: str, config: TeacherConfig, where: str) -> None:
         super().__init__(config)
         model = load_model(name, pretrained=True, where=where)
         self.model = getattr(model, "vision_model", model)
@@ -57,7 +56,8 @@ class HFImageTeacher(Teacher):
         if not hasattr(vision, "hidden_size") or not hasattr(vision, "image_size"):
             raise UserError(f"{where}: '{name}' is no vision encoder; set modality: text")
         own_size = vision.image_size if isinstance(vision.image_size, int) else vision.image_size[0]
-        self.normalize = Normalize(config.mean or _HALF, config.std or _HALF, config.image_size or own_size)
+        mean, std = (config.mean, config.std) if config.mean and config.std else published_mean_std(name, where)
+        self.normalize = Normalize(config.mean or mean, config.std or std, config.image_size or own_size)
         self.width = vision.hidden_size
 
     def encode(self, batch: Batch) -> Targets:

@@ -1,22 +1,23 @@
 # Each target sets up what it needs: a virtual environment in .venv with everything installed. Two to see first:
 #   make demo    the whole pipeline on generated data on the CPU
-#   make test    every CPU test
+#   make test    every CPU test but the slow ones (make test-slow runs those)
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 PYTHON ?= $(shell for v in 3.13 3.12 3.11 3; do command -v python$$v >/dev/null && \
-	python$$v -c 'import sys, venv; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 14))' 2>/dev/null && \
+	python$$v -c 'import sys, venv, ensurepip; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 14))' 2>/dev/null && \
 	{ echo python$$v; break; }; done)
 VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: setup demo test test-slow test-gpu lint format clean
+.PHONY: setup demo test test-slow test-gpu bench lint format clean
 
 setup: $(READY)
 
 $(READY): setup.py VERSION
-	@test -n "$(PYTHON)" || { echo "Python 3.11, 3.12 or 3.13 is needed (make PYTHON=/path/to/python)"; exit 1; }
-	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@test -n "$(PYTHON)" || { echo "Found no Python 3.11, 3.12 or 3.13 that can make virtual environments (modules" \
+		"venv and ensurepip; Debian and Ubuntu: apt install python3-venv). Or: make PYTHON=/path/to/python"; exit 1; }
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv $(VENV)
 	@echo "Installing mmd2v and what it needs into $(VENV) (torch alone is several GB; this takes minutes once)"
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet --editable '.[test]'
@@ -33,6 +34,9 @@ test-slow: $(READY)
 
 test-gpu: $(READY)
 	$(BIN)/python -m pytest -m gpu
+
+bench: $(READY)
+	$(BIN)/python benchmarks/retrieval/run.py --out benchmarks/results/retrieval.csv
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -34,7 +34,6 @@ setup(
         "tensorboard>=2.18",
         "rich>=13",
         "matplotlib>=3.9",
-        "fsspec>=2024.6",
         "pyyaml>=6",
         "numpy>=1.26",
         "pillow>=11",

@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
-# Installs the Debian packages that `make test` uses beyond Python itself. Needs root, or sudo.
-#   g++   DeepSpeed compiles its CPU Adam at first use
+# Installs the Debian packages that the targets of the Makefile use beyond Python itself. Needs root, or sudo.
+# (Debian's own Python also needs python3-venv.)
 #   make  runs the targets
+#   g++   compiles DeepSpeed's CPU Adam at first use: `make test-slow`, and runs with optimizer.name deepspeed_adam
 set -euo pipefail
 packages=(g++ make)
 missing=()

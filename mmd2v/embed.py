@@ -1,4 +1,4 @@
-"""Embeddings of a folder of images or a file of texts, written to a file."""
+"""Embeddings of a folder of images or a file of texts: NAME.safetensors, and in NAME.ids.json what each row is."""
 
 from __future__ import annotations
 
@@ -6,10 +6,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from mmd2v.errors import UserError
-from mmd2v.files import atomic_path, write_json
+from mmd2v.files import atomic_path, check_output, write_json
 from mmd2v.gallery import list_images
 from mmd2v.inference import Encoder
 from mmd2v.progress import Progress
@@ -19,7 +20,7 @@ def embed_images(encoder: Encoder, folder: str | Path, out: str | Path, batch_si
     """Embed every image below ``folder`` in order of path and return the shape [N, E].
 
     The ids are paths relative to ``folder``. Raises UserError naming an image that does not decode: rows must not
-    go missing unseen.
+    go missing unseen. An existing output is never replaced.
     """
     paths = list_images(folder)
     ids = [path.relative_to(folder).as_posix() for path in paths]
@@ -45,6 +46,9 @@ def _write(
 ) -> tuple[int, int]:
     if batch_size < 1:
         raise UserError(f"--batch-size: found {batch_size}, expected at least 1")
+    names = out.with_suffix(".ids.json")
+    for file in (out, names):
+        check_output("--out", file, new=True)
     rows = []
     with Progress("encoding", len(items), unit=unit) as progress:
         for start in range(0, len(items), batch_size):
@@ -52,8 +56,12 @@ def _write(
             rows.append(encode(chunk, batch_size).cpu())
             progress.advance(len(chunk))
     embeddings = torch.cat(rows)
-    # The names come first: where the embeddings are, their names are too.
-    write_json(out.with_suffix(".json"), {"ids": ids})
-    with atomic_path(out) as temporary:
-        save_file({"embeddings": embeddings}, temporary)
+    try:
+        # The inner one appears first: where the embeddings are, their names are too.
+        with atomic_path(out) as rows_file, atomic_path(names) as ids_file:
+            save_file({"embeddings": embeddings}, rows_file)
+            write_json(ids_file, {"ids": ids})
+    except (OSError, SafetensorError) as error:
+        names.unlink(missing_ok=True)  # it was not there before
+        raise UserError(f"--out: {out} cannot be written: {error}") from error
     return len(embeddings), embeddings.shape[1]

@@ -1,9 +1,13 @@
-"""The one error type a user is meant to read, and the nearest-name hint it carries."""
+"""The one error type a user is meant to read, the nearest-name hint it carries, and what a failed write means."""
 
 from __future__ import annotations
 
 import difflib
+import errno
+import os
 from collections.abc import Iterable
+
+_DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class UserError(Exception):
@@ -11,6 +15,25 @@ class UserError(Exception):
 
     The command line prints the message alone (no traceback) and exits with status 2.
     """
+
+
+class ReportedByMainRank(UserError):
+    """The copy of a UserError that another rank tells the user: its own rank exits without a word."""
+
+
+def told_once_a_node(error: UserError) -> UserError:
+    """Return what this rank raises when every rank of a node must have found the same ``error``.
+
+    For what happens before the ranks have met; the launcher's LOCAL_RANK is known by then.
+    """
+    return error if os.environ.get("LOCAL_RANK", "0") == "0" else ReportedByMainRank(str(error))
+
+
+def disk_message(error: OSError) -> str:
+    """Say what a failed write means to the user."""
+    if error.errno in _DISK_FULL:
+        return f"the disk is full or a quota is reached ({error.strerror})"
+    return f"{error.strerror or error}"
 
 
 def nearest(name: str, valid: Iterable[str]) -> str:

@@ -8,9 +8,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import torch
 from safetensors.torch import save_file
-from transformers import AutoConfig
 
 from mmd2v.config.load import dump_config, load_config
 from mmd2v.config.schema import AnyEncoder, Config
@@ -19,6 +17,7 @@ from mmd2v.errors import UserError, nearest
 from mmd2v.files import atomic_path, write_text
 from mmd2v.models.exported import CONFIG_FILE, WEIGHTS_FILE
 from mmd2v.models.student import Student, build_student
+from mmd2v.models.timm_backbone import load_exactly
 from mmd2v.report.model_card import Training, model_card
 from mmd2v.train.checkpoint import MANIFEST, complete_checkpoints, read_manifest
 from mmd2v.train.consolidate import consolidate
@@ -46,7 +45,7 @@ def export(source: str | Path, out: str | Path) -> Path:
     tokenizer = None if config.data.tokenizer is None else load_tokenizer(config.data.tokenizer)
     student = build_student(config, tokenizer, pretrained=False)
     weights = {name.removeprefix(_STUDENT): value for name, value in state.items() if name.startswith(_STUDENT)}
-    load_weights(student, weights, str(checkpoint))
+    load_exactly(student, weights, f"{checkpoint}: its weights are of another architecture than its config")
     write_export(out, student, config, tokenizer, training_record(run, checkpoint))
     return out
 
@@ -95,25 +94,6 @@ def write_export(
         write_text(folder / "README.md", model_card(portable, student, training or Training()))
 
 
-def load_weights(student: Student, weights: dict[str, torch.Tensor], where: str) -> None:
-    """Load ``weights`` strictly. Raises UserError, beginning with ``where``, that lists what differs."""
-    expected = student.state_dict()
-    missing, unexpected = sorted(expected.keys() - weights.keys()), sorted(weights.keys() - expected.keys())
-    shapes = [
-        f"{name}: {list(weights[name].shape)}, not {list(expected[name].shape)}"
-        for name in sorted(expected.keys() & weights.keys())
-        if weights[name].shape != expected[name].shape
-    ]
-    if missing or unexpected or shapes:
-        found = [
-            f"{len(names)} {what} ({', '.join(names[:3])}{', …' if len(names) > 3 else ''})"
-            for what, names in (("missing", missing), ("unexpected", unexpected), ("of another shape", shapes))
-            if names
-        ]
-        raise UserError(f"{where}: its weights are of another architecture than its config: {'; '.join(found)}")
-    student.load_state_dict(weights)
-
-
 def _portable_config(config: Config, tokenizer: Tokenizer | None, folder: Path) -> Config:
     """Put the tokenizer and the encoders' configurations into ``folder`` and point the config there."""
     data = config.data.model_copy(
@@ -145,8 +125,14 @@ def _portable_config(config: Config, tokenizer: Tokenizer | None, folder: Path) 
 
 def _portable_encoder(name: str, encoder: AnyEncoder, folder: Path) -> AnyEncoder:
     if encoder.kind == "hf":
+        from transformers import AutoConfig  # slow to import, and few exports need it
+
         relative = Path(_ENCODERS_FOLDER) / name
-        AutoConfig.from_pretrained(encoder.name).save_pretrained(folder / relative)
+        try:
+            # Left unsaid, transformers would ask on stdin whether to run code that comes with the model.
+            AutoConfig.from_pretrained(encoder.name, trust_remote_code=False).save_pretrained(folder / relative)
+        except (OSError, ValueError) as error:
+            raise UserError(f"model.encoders.{name}.name: '{encoder.name}' has no usable config: {error}") from error
         return encoder.model_copy(update={"name": relative.as_posix()})
     if encoder.kind == "timm":
         return encoder.model_copy(update={"weights": None})

@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import logging
+import math
 import os
+import platform
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
+
+from mmd2v.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+_SUFFIX = ".tmp"
 
 
 @contextmanager
@@ -17,11 +27,14 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
     """Yield a temporary path beside ``path``; rename it to ``path`` on success, remove it on any error.
 
     The caller may create a file or a folder there. A folder replaces an existing one only when the old one is
-    empty (the rule of ``os.replace``), so nothing finished is ever overwritten by half.
+    empty (the rule of ``os.replace``), so nothing finished is ever overwritten by half. What a killed process left
+    of an earlier attempt at the same path is removed first.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    parent = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
+    _remove_stale(path)
+    prefix = f"{_prefix(path)}{os.getpid()}."
+    parent = Path(tempfile.mkdtemp(prefix=prefix, suffix=_SUFFIX, dir=path.parent))
     temporary = parent / path.name
     try:
         yield temporary
@@ -33,6 +46,28 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
         shutil.rmtree(parent, ignore_errors=True)
 
 
+def check_output(flag: str, path: str | Path, *, new: bool = False) -> None:
+    """Raise a UserError that starts with ``flag`` if no file can be written at ``path``; creates nothing.
+
+    Call it before long work whose result goes there. With ``new``, a file that exists is refused too.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise UserError(f"{flag}: {path} is a folder, expected the name of a file")
+    if new and path.exists():
+        raise UserError(f"{flag}: {path} exists; name a new file or remove it")
+    folder = path.absolute().parent
+    while not folder.exists():  # the folders that are missing will be made
+        folder = folder.parent
+    if not folder.is_dir():
+        raise UserError(f"{flag}: {path} cannot be written: {folder} is no folder")
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise UserError(f"{flag}: {path} cannot be written: {folder}: {error.strerror or error}") from None
+
+
 def write_text(path: str | Path, text: str) -> None:
     """Write ``text`` as UTF-8 to ``path`` atomically."""
     with atomic_path(path) as temporary:
@@ -40,5 +75,55 @@ def write_text(path: str | Path, text: str) -> None:
 
 
 def write_json(path: str | Path, value: Any) -> None:
-    """Write ``value`` as indented JSON to ``path`` atomically."""
-    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+    """Write ``value`` as indented JSON to ``path`` atomically.
+
+    Raises UserError, naming the key, for NaN and infinity: JSON has no such numbers, other programs would refuse the
+    whole file, and a null would hide that something went wrong.
+    """
+    for key, number in _non_finite(value):
+        raise UserError(f"{path}: {key or 'its value'} is {number}, which JSON cannot hold; expected a finite number")
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def _non_finite(value: Any, key: str = "") -> Iterator[tuple[str, float]]:
+    """Yield (path of keys, number) of every NaN and infinity inside."""
+    if isinstance(value, float):
+        if not math.isfinite(value):
+            yield key, value
+        return
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, (list, tuple)) else ()
+    for name, item in items:
+        yield from _non_finite(item, f"{key}.{name}" if key else str(name))
+
+
+def _prefix(path: Path) -> str:
+    """Start of the temporary names for ``path`` that processes of this host use; the process id follows.
+
+    Process ids mean something only within one host and, in containers, one process namespace.
+    """
+    host = platform.node()
+    with suppress(OSError):
+        host += os.readlink("/proc/self/ns/pid")
+    return f".{path.name}.{hashlib.sha256(host.encode()).hexdigest()[:8]}-"
+
+
+def _remove_stale(path: Path) -> None:
+    """Remove temporary folders for ``path`` of processes of this host that are gone."""
+    prefix = _prefix(path)
+    for name in os.listdir(path.parent):
+        if not (name.startswith(prefix) and name.endswith(_SUFFIX)):
+            continue
+        process = name.removeprefix(prefix).partition(".")[0]
+        if process.isdecimal() and not _is_alive(int(process)):
+            logger.warning("%s: removing what a killed process left behind", path.parent / name)
+            shutil.rmtree(path.parent / name, ignore_errors=True)
+
+
+def _is_alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)  # asks only; no signal is sent
+    except ProcessLookupError:
+        return False
+    except OSError:  # it is somebody else's
+        return True
+    return True

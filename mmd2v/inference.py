@@ -12,14 +12,14 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
-from safetensors import SafetensorError
+from PIL import Image
 
 from mmd2v.config.schema import Config
+from mmd2v.data.pillow import upright_rgb
 from mmd2v.data.tokenizers import Tokenizer, load_tokenizer
 from mmd2v.data.transforms import decode_image, eval_transform
 from mmd2v.errors import UserError
-from mmd2v.models.exported import WEIGHTS_FILE, load_export_config, load_student
+from mmd2v.models.exported import load_export_config, load_student
 from mmd2v.models.student import Student
 
 ImageInput = str | Path | Image.Image | torch.Tensor
@@ -104,8 +104,7 @@ class Encoder:
         if isinstance(image, (str, Path)):
             pixels = read_image(image)
         elif isinstance(image, Image.Image):
-            upright = ImageOps.exif_transpose(image).convert("RGB")
-            pixels = torch.from_numpy(np.array(upright)).permute(2, 0, 1)
+            pixels = torch.from_numpy(np.array(upright_rgb(image))).permute(2, 0, 1)
         elif isinstance(image, torch.Tensor) and image.dtype == torch.uint8 and image.ndim == 3 and len(image) == 3:
             pixels = image.cpu()
         else:
@@ -140,10 +139,7 @@ def load(folder: str | Path, device: str | torch.device = "cpu", precision: Prec
     if (folder / "checkpoints").is_dir():
         raise UserError(f"{where}: {folder} is a run; first `mmd2v export {folder} --out DIR`, then load DIR")
     config = load_export_config(folder, where)
-    try:
-        student = load_student(folder, where)
-    except SafetensorError as error:
-        raise UserError(f"{where}: {folder / WEIGHTS_FILE} is damaged: {error}") from error
+    student = load_student(folder, where)
     tokenizer = None if config.data.tokenizer is None else load_tokenizer(config.data.tokenizer)
     return Encoder(student, config, tokenizer, target, precision)
 

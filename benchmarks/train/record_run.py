@@ -11,7 +11,6 @@ from __future__ import annotations
 import csv
 import json
 import os
-import platform
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -25,6 +24,7 @@ import yaml
 from mmd2v.errors import UserError
 from mmd2v.evaluation.retrieval import RECALL_AT
 from mmd2v.files import atomic_path, write_json
+from mmd2v.report.machine import processor
 from mmd2v.train.metrics import METRICS_FILE, read_metrics
 from mmd2v.train.run_dir import CONFIG_FILE, ENVIRONMENT_FILE
 
@@ -101,17 +101,6 @@ def conditions(options: Record, final: dict[str, Any], losses: list[dict[str, An
         "environment": json.loads((options.run / ENVIRONMENT_FILE).read_text(encoding="utf-8")),
         "config": without_paths(yaml.safe_load((options.run / CONFIG_FILE).read_text(encoding="utf-8"))),
     }
-
-
-def processor() -> str:
-    """Name of the processor with the extensions that decide the speed of bf16 products."""
-    cpuinfo = Path("/proc/cpuinfo")
-    if not cpuinfo.exists():
-        return platform.processor()
-    fields = dict(line.split(":", 1) for line in cpuinfo.read_text().split("\n\n")[0].splitlines() if ":" in line)
-    fields = {key.strip(): value.strip() for key, value in fields.items()}
-    flags = fields.get("flags", "").split()
-    return " ".join([fields.get("model name", "unknown"), *(f for f in ("amx_bf16", "avx512_bf16") if f in flags)])
 
 
 def without_paths(value: Any) -> Any:

@@ -132,12 +132,10 @@ class Tokenizer:
         """Learn and print the size of the vocabulary."""
         from mmd2v.data.shards import ShardSet
         from mmd2v.data.tokenizers import train_tokenizer
-        from mmd2v.errors import UserError
-        from mmd2v.files import write_text
+        from mmd2v.files import check_output, write_text
         from mmd2v.progress import track
 
-        if self.out.exists():
-            raise UserError(f"--out: {self.out} exists; name a new file or remove it")
+        check_output("--out", self.out, new=True)
         shards = ShardSet(self.shards)
         captions = (text for texts in track(shards.captions(), "reading", len(shards), unit="images") for text in texts)
         tokenizer = train_tokenizer(captions, self.kind, self.vocab_size)

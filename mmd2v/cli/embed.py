@@ -14,7 +14,7 @@ from tyro.conf import Positional
 
 @dataclass(frozen=True)
 class Embed:
-    """Write embeddings (safetensors, `embeddings` fp32 [N, E]) and, in a .json beside it, what each row is."""
+    """Write embeddings (safetensors, `embeddings` fp32 [N, E]) and, in .ids.json beside it, what each row is."""
 
     model: Positional[Path]
     """Folder written by `mmd2v export`."""

@@ -51,6 +51,7 @@ class Retrieval:
             workers=self.workers,
             device=self.device,
             precision=self.precision,
+            out=self.json,
         )
         if found is None:  # another rank than the first
             return 0

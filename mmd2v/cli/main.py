@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import importlib
+import os
 import sys
+import time
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from mmd2v.errors import UserError, unknown_name
+from mmd2v.errors import ReportedByMainRank, UserError, disk_message, told_once_a_node, unknown_name
 
 USER_ERROR_STATUS = 2
 INTERRUPT_STATUS = 130  # what a shell reports for a program that Ctrl-C ended: 128 + SIGINT
+
+GRACE_SECONDS = 5.0
+"""A launcher ends all ranks once one has exited: a silent one leaves the other, which tells the error, this much."""
 
 
 class Command(NamedTuple):
@@ -50,7 +55,10 @@ def _help() -> str:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Run the command that ``argv`` names and return the exit status; a UserError is printed without traceback."""
+    """Run the command that ``argv`` names and return the exit status.
+
+    Errors of the input and of the disk are printed without traceback; any other one is a mistake of ours and has it.
+    """
     argv = _without_local_rank(argv)
     try:
         if not argv or argv[0] in ("-h", "--help"):
@@ -62,13 +70,32 @@ def main(argv: Sequence[str]) -> int:
             print(f"mmd2v {__version__}")
             return 0
         if argv[0] not in COMMANDS:
-            raise unknown_name("mmd2v", argv[0], COMMANDS)
+            raise told_once_a_node(unknown_name("mmd2v", argv[0], COMMANDS))
         return importlib.import_module(COMMANDS[argv[0]].module).main(argv[1:])
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return USER_ERROR_STATUS
     except KeyboardInterrupt:
         return INTERRUPT_STATUS
+    except ReportedByMainRank:
+        time.sleep(GRACE_SECONDS)
+        return USER_ERROR_STATUS
+    except Exception as error:
+        message = _message(error)
+        if message is None:
+            raise
+        rank = os.environ.get("RANK", "0")
+        print(f"error: {message}" if rank == "0" else f"error (rank {rank}): {message}", file=sys.stderr)
+        return USER_ERROR_STATUS
+
+
+def _message(error: Exception) -> str | None:
+    """Return what to tell the user of an error that is not a mistake of ours, else None."""
+    if isinstance(error, UserError):
+        return str(error)
+    if isinstance(error, OSError):
+        return f"{error.filename or 'a file could not be read or written'}: {disk_message(error)}"
+    safetensors = sys.modules.get("safetensors")  # whose error type can be met only if a command has imported it
+    if safetensors is not None and isinstance(error, safetensors.SafetensorError):
+        return f"a safetensors file could not be read or written: {error}"
+    return None
 
 
 def _without_local_rank(argv: Sequence[str]) -> list[str]:

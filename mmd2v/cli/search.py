@@ -44,13 +44,15 @@ def main(argv: Sequence[str]) -> int:
     from mmd2v.errors import UserError
     from mmd2v.gallery import open_gallery
     from mmd2v.inference import load
-    from mmd2v.report.retrieval_picture import Found, PictureRow, write_retrieval_picture
+    from mmd2v.report.retrieval_picture import Found, PictureRow, check_picture, write_retrieval_picture
     from mmd2v_kernels import cosine_topk
 
     if (command.text is None) == (command.image is None):
         raise UserError("mmd2v search: give either --text SENTENCE or --image FILE")
     if command.top < 1:
         raise UserError(f"--top: found {command.top}, expected at least 1")
+    if command.picture is not None:
+        check_picture("--picture", command.picture)
     encoder = load(command.model, command.device, command.precision)
     query = encoder.encode_image([command.image]) if command.image else encoder.encode_text([command.text or ""])
     gallery = open_gallery(encoder, command.model, command.images, command.cache)

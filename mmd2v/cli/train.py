@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import os
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated
 
 import tyro
 
-from mmd2v.cli.main import INTERRUPT_STATUS, USER_ERROR_STATUS
 from mmd2v.config.load import load_config, split_overrides
-from mmd2v.errors import UserError
+from mmd2v.errors import UserError, told_once_a_node
 
 _OWN_FLAGS = {"--dry-run": False, "--resume": True, "--help": False}
 """Flags of the command itself → whether a value follows. Everything else overrides a key of the config."""
@@ -39,29 +36,17 @@ def main(argv: Sequence[str]) -> int:
     arguments = tyro.cli(Arguments, prog="mmd2v train", description=f"{Arguments.__doc__}\n\n{_MORE}", args=own)
     try:
         config = load_config(arguments.config, overrides)
-        if arguments.dry_run:
-            from mmd2v.train.dry_run import dry_run
-
-            dry_run(config)
-        else:
-            from mmd2v.train.loop import train
-
-            train(config, arguments.resume)
-        from mmd2v.distributed.environment import shutdown
-
-        shutdown()
     except UserError as error:
-        return _report(error)
-    except KeyboardInterrupt:
-        return INTERRUPT_STATUS
+        raise told_once_a_node(error) from None
+    if arguments.dry_run:
+        from mmd2v.train.dry_run import dry_run
+
+        dry_run(config)
+    else:
+        from mmd2v.train.loop import train
+
+        train(config, arguments.resume)
+    from mmd2v.distributed.environment import shutdown
+
+    shutdown()
     return 0
-
-
-def _report(error: UserError) -> int:
-    """Print an error once: a rank other than 0 speaks only of what it alone has seen."""
-    from mmd2v.distributed.coordination import ReportedByMainRank
-
-    rank = os.environ.get("RANK", "0")
-    if not isinstance(error, ReportedByMainRank):
-        print(f"error: {error}" if rank == "0" else f"error (rank {rank}): {error}", file=sys.stderr)
-    return USER_ERROR_STATUS

@@ -60,8 +60,16 @@ def deepspeed_config(config: Config, world_size: int) -> dict[str, Any]:
 
 def uses_optimizer_offload(config: Config) -> bool:
     """Whether ``engine.deepspeed`` asks for the optimiser on the CPU while the model is elsewhere."""
-    offload = config.engine.deepspeed.get("zero_optimization", {}).get("offload_optimizer", {})
-    return offload.get("device", "none") != "none"
+    zero = config.engine.deepspeed.get("zero_optimization")
+    offload = zero.get("offload_optimizer") if isinstance(zero, Mapping) else None
+    if offload is None:  # `offload_optimizer: null` says no
+        return False
+    if not isinstance(offload, Mapping):
+        raise UserError(
+            f"engine.deepspeed.zero_optimization.offload_optimizer: found {offload!r}; expected null or a mapping such "
+            f"as {{device: cpu}}"
+        )
+    return offload.get("device", "none") not in (None, "none")
 
 
 def _refuse_own_keys(options: Mapping[str, Any]) -> None:
@@ -73,12 +81,14 @@ def _refuse_own_keys(options: Mapping[str, Any]) -> None:
             raise UserError(f"engine.deepspeed.{path}: set {field} instead; it is written into DeepSpeed's options")
 
 
-def _merged(base: dict[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+def _merged(base: dict[str, Any], over: Mapping[str, Any], at: str = "engine.deepspeed") -> dict[str, Any]:
     result = dict(base)
     for key, value in over.items():
         old = result.get(key)
-        if isinstance(old, dict) and isinstance(value, Mapping):
-            result[key] = _merged(old, value)
+        if isinstance(old, dict):
+            if not isinstance(value, Mapping):  # would take our own options of the section away
+                raise UserError(f"{at}.{key}: found {value!r}; expected a mapping of DeepSpeed's options")
+            result[key] = _merged(old, value, f"{at}.{key}")
         else:
             result[key] = copy.deepcopy(value)
     return result

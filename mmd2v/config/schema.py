@@ -234,6 +234,9 @@ class ModelConfig(Section):
     projection: ProjectionConfig = Field(
         default_factory=ProjectionConfig, description="from the pooled sequence to the embedding"
     )
+    init_deviation: float = Field(
+        0.02, gt=0, description="standard deviation of new weights (BERT's 0.02 suits D = 768; narrow models want more)"
+    )
     freeze: list[str] = Field(
         default_factory=list, description="parameters kept fixed: wildcards over names, such as `layers.0.*`"
     )

@@ -24,7 +24,8 @@ def decode_image(data: bytes | bytearray | memoryview, where: str = "image") -> 
     """Decode JPEG, PNG, WebP or GIF bytes, upright by its EXIF orientation.
 
     Returns:
-        uint8 [3, H, W], RGB; transparency is dropped, of an animation the first frame is taken.
+        uint8 [3, H, W], RGB; transparency is dropped, of an animation the first frame is taken, of 16 bits a channel
+        the upper eight.
 
     Raises:
         UserError: the bytes do not decode; starts with ``where``.
@@ -37,6 +38,8 @@ def decode_image(data: bytes | bytearray | memoryview, where: str = "image") -> 
     except (RuntimeError, ValueError) as error:
         reason = str(error).splitlines()[0][:200]
         raise UserError(f"{where}: the image does not decode: {reason}") from None
+    if image.dtype == torch.uint16:  # torch shifts no uint16
+        image = (image.to(torch.int32) >> 8).to(torch.uint8)
     return image[0] if image.ndim == 4 else image
 
 

@@ -81,11 +81,6 @@ def gather_objects(value: Any) -> list[Any]:
     return values
 
 
-def all_true(flag: bool) -> bool:
-    """Whether ``flag`` holds on every rank: the vote before something is made final."""
-    return all(gather_objects(bool(flag)))
-
-
 def mean_over_ranks(x: torch.Tensor) -> torch.Tensor:
     """Return the mean of ``x`` over ranks, on every rank."""
     if world_size() == 1:

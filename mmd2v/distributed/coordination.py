@@ -5,14 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TypeVar
 
-from mmd2v.distributed.collectives import broadcast_object, rank
-from mmd2v.errors import UserError
+from mmd2v.distributed.collectives import broadcast_object, gather_objects, rank
+from mmd2v.errors import ReportedByMainRank, UserError
 
 Result = TypeVar("Result")
-
-
-class ReportedByMainRank(UserError):
-    """The copy of rank 0's UserError that the other ranks raise; rank 0 alone prints it."""
 
 
 def from_main_rank(decide: Callable[[], Result]) -> Result:
@@ -35,3 +31,29 @@ def from_main_rank(decide: Callable[[], Result]) -> Result:
     if message is not None:
         raise ReportedByMainRank(message)
     return result
+
+
+def on_every_rank(action: Callable[[], Result]) -> Result:
+    """Run ``action``, which must not communicate, on every rank and return this rank's result.
+
+    A UserError of any rank ends all of them; rank 0 tells it, once when all have the same.
+    """
+    result: Result | None = None
+    error: UserError | None = None
+    try:
+        result = action()
+    except UserError as problem:
+        error = problem
+    messages = gather_objects(None if error is None else str(error))
+    if any(message is not None for message in messages):
+        if len(set(messages)) == 1:
+            text = messages[0]
+        else:
+            text = "\n".join(f"rank {i}: {message}" for i, message in enumerate(messages) if message is not None)
+        raise shared_error(text) from error
+    return result  # type: ignore[return-value] - an action that raised does not get here
+
+
+def shared_error(message: str) -> UserError:
+    """Return what this rank raises when every rank has come to the same error: rank 0 alone tells it."""
+    return UserError(message) if rank() == 0 else ReportedByMainRank(message)

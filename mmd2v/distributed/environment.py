@@ -13,7 +13,7 @@ from typing import Literal
 import torch
 import torch.distributed as dist
 
-from mmd2v.errors import UserError
+from mmd2v.errors import UserError, told_once_a_node
 
 _LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 _ALONE = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
@@ -58,7 +58,10 @@ def initialize(device: Literal["auto", "cpu", "cuda"] = "auto") -> World:
     gloo on the CPU, NCCL on CUDA. Call before anything imports deepspeed. Raises UserError when a launcher's
     variables are incomplete or a node has fewer devices than ranks.
     """
-    kind = choose_device(device)
+    try:
+        kind = choose_device(device)
+    except UserError as error:
+        raise told_once_a_node(error) from None
     present = [name for name in _LAUNCHER_VARIABLES if name in os.environ]
     alone = "RANK" not in present and "WORLD_SIZE" not in present
     if alone:

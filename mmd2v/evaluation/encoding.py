@@ -15,6 +15,7 @@ from torch import nn
 
 from mmd2v.data.batch import Batch
 from mmd2v.distributed.collectives import gather_objects, gather_variable, rank
+from mmd2v.distributed.coordination import shared_error
 from mmd2v.errors import UserError
 
 _ID_BYTES = 16
@@ -96,13 +97,13 @@ def _in_step(loader: Iterable[Batch]) -> Iterator[tuple[Batch, bool]]:
         status = gather_objects((batch is not None, error))
         for _, message in status:
             if message is not None:
-                raise UserError(message)
+                raise shared_error(message)
         if not any(has_batch for has_batch, _ in status):
             if last is None:
-                raise UserError("evaluation: the set holds no image")
+                raise shared_error("evaluation: the set holds no image")
             return
         if last is None and not all(has_batch for has_batch, _ in status):
-            raise UserError(f"evaluation: fewer images than the {len(status)} ranks; use fewer ranks or more images")
+            raise shared_error(f"evaluation: fewer images than the {len(status)} ranks; use fewer ranks or more images")
         own = batch is not None
         last = batch if batch is not None else last
         assert last is not None
@@ -111,7 +112,7 @@ def _in_step(loader: Iterable[Batch]) -> Iterator[tuple[Batch, bool]]:
 
 def _embedding(output: HasEmbedding, modality: str) -> torch.Tensor:
     if modality not in output.embedding:
-        raise UserError(
+        raise shared_error(
             f"evaluation: retrieval needs image and text, but the encoder gave no '{modality}', only "
             f"{sorted(output.embedding)}"
         )
@@ -124,7 +125,7 @@ def _check_rows(**pairs: tuple[torch.Tensor, torch.Tensor]) -> None:
     for of_rank in gather_objects(sizes):
         for what, (embeddings, inputs) in of_rank.items():
             if embeddings != inputs:
-                raise UserError(f"evaluation: {embeddings} embeddings for {inputs} {what} of a rank")
+                raise shared_error(f"evaluation: {embeddings} embeddings for {inputs} {what} of a rank")
 
 
 def _check_finite(embeddings: dict[str, torch.Tensor]) -> None:
@@ -133,7 +134,9 @@ def _check_finite(embeddings: dict[str, torch.Tensor]) -> None:
     for name in embeddings:
         bad, total = (sum(counts[name][i] for counts in of_ranks) for i in (0, 1))
         if bad:
-            raise UserError(f"evaluation: {bad} of {total} {name} embeddings hold NaN or infinity: no recall of these")
+            raise shared_error(
+                f"evaluation: {bad} of {total} {name} embeddings hold NaN or infinity: no recall of these"
+            )
 
 
 def _id_hashes(sample_ids: tuple[str, ...]) -> torch.Tensor:

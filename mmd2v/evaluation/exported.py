@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -9,9 +10,11 @@ from typing import Any, Literal
 from mmd2v.config.schema import ShardsConfig
 from mmd2v.data.batch import Batch
 from mmd2v.data.stream import eval_loader
+from mmd2v.distributed.coordination import from_main_rank, on_every_rank
 from mmd2v.distributed.environment import initialize, shutdown
 from mmd2v.errors import UserError
 from mmd2v.evaluation.retrieval import RECALL_AT, Metrics, evaluate
+from mmd2v.files import check_output
 from mmd2v.inference import Encoder, Precision, load
 from mmd2v.models.student import StudentOutput
 from mmd2v.progress import track
@@ -65,30 +68,36 @@ def evaluate_export(
     workers: int | None = None,
     device: Literal["auto", "cpu", "cuda"] = "auto",
     precision: Precision = "fp32",
+    out: str | Path | None = None,
 ) -> RetrievalReport | None:
     """Measure the export in ``folder``, alone or on every rank of a launcher; ranks other than the first get None.
 
-    Raises UserError for an export without image and text, unreadable shards, or counts other than ``expected``.
+    ``out`` is the file the caller will write the numbers to; that it can be written is checked first.
+    Raises UserError for an export without image and text, unreadable shards, counts other than ``expected``, or an
+    ``out`` that cannot be written; under a launcher on every rank, but on the others than the first as
+    `ReportedByMainRank`, unless it is a rank's own failure to join.
     """
-    if limit is not None and limit < 1:
-        raise UserError(f"--limit: found {limit}, expected at least 1")
-    if batch_size < 1:
-        raise UserError(f"--batch-size: found {batch_size}, expected at least 1")
     world = initialize(device)
     try:
-        encoder = load(folder, world.device, precision)
-        names = {kind: _modality(encoder, kind, folder) for kind in ("image", "text")}
-        data = encoder.config.data
-        if workers is not None:
-            data = data.model_copy(update={"workers": workers})
-        loader = eval_loader(
-            data,
-            shards=ShardsConfig(shards=shards, limit=limit),
-            tokenizer=encoder.tokenizer,
-            batch_size=batch_size,
-            rank=world.rank,
-            world_size=world.size,
-        )
+        from_main_rank(lambda: _check_arguments(limit, batch_size, out))
+
+        def prepare() -> tuple[Encoder, dict[str, str], Iterable[Batch]]:
+            encoder = load(folder, world.device, precision)
+            names = {kind: _modality(encoder, kind, folder) for kind in ("image", "text")}
+            data = encoder.config.data
+            if workers is not None:
+                data = data.model_copy(update={"workers": workers})
+            loader = eval_loader(
+                data,
+                shards=ShardsConfig(shards=shards, limit=limit),
+                tokenizer=encoder.tokenizer,
+                batch_size=batch_size,
+                rank=world.rank,
+                world_size=world.size,
+            )
+            return encoder, names, loader
+
+        encoder, names, loader = on_every_rank(prepare)
 
         def encode(batch: Batch) -> StudentOutput:
             with encoder.autocast():
@@ -101,6 +110,15 @@ def evaluate_export(
     if not world.is_main:
         return None
     return RetrievalReport(encoder.config.name, shards, encoder.preprocessing(), metrics)
+
+
+def _check_arguments(limit: int | None, batch_size: int, out: str | Path | None) -> None:
+    if limit is not None and limit < 1:
+        raise UserError(f"--limit: found {limit}, expected at least 1")
+    if batch_size < 1:
+        raise UserError(f"--batch-size: found {batch_size}, expected at least 1")
+    if out is not None:
+        check_output("--json", out)
 
 
 def _modality(encoder: Encoder, kind: str, folder: str | Path) -> str:

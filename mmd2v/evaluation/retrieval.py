@@ -14,6 +14,7 @@ import torch
 
 from mmd2v.data.batch import Batch
 from mmd2v.distributed.collectives import gather_variable, rank, world_size
+from mmd2v.distributed.coordination import shared_error
 from mmd2v.distributed.environment import World
 from mmd2v.errors import UserError
 from mmd2v.evaluation.chance import chance_recall
@@ -65,7 +66,7 @@ def evaluate(
     found = len(encoded.image_ME), len(encoded.text_NE)
     for what, number, wanted in zip(("images", "captions"), found, expected, strict=True):
         if wanted is not None and number != wanted:
-            raise UserError(f"evaluation: found {number} {what}, expected {wanted}")
+            raise shared_error(f"evaluation: found {number} {what}, expected {wanted}")
     positives = _positives(encoded.image_ME, encoded.text_NE, encoded.caption_image_N)
     share = tuple(len(encoded.text_NE) * r // world_size() for r in (rank(), rank() + 1))
     own = count_ahead(encoded.text_NE, encoded.image_ME, positives, rows=(share[0], share[1]))

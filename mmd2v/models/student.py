@@ -192,18 +192,18 @@ def build_student(config: Config, tokenizer: Tokenizer | None, pretrained: bool 
         torch.manual_seed(config.seed)
         student = Student(config.model, context)
         with torch.no_grad():
-            _init_new_parts(student, config.seed)
+            _init_new_parts(student, config.seed, config.model.init_deviation)
             if pretrained:
                 init_from_sources(student.layers, config.model)
     freeze(student, config.model.freeze, "model.freeze")
     return student
 
 
-def _init_new_parts(student: Student, seed: int) -> None:
+def _init_new_parts(student: Student, seed: int, deviation: float) -> None:
     """Draw everything that is ours at random; a backbone brings its own weights or its library's initialisation."""
-    init_random(student.layers, seed, "layers")
-    init_random(student.projection, seed, "projection")
+    init_random(student.layers, seed, "layers", deviation)
+    init_random(student.projection, seed, "projection", deviation)
     for modality, encoder in student.encoders.items():
         for name, child in encoder.named_children():
             if name not in LIBRARY_PARTS:
-                init_random(child, seed, f"encoders.{modality}.{name}")
+                init_random(child, seed, f"encoders.{modality}.{name}", deviation)

@@ -57,5 +57,5 @@ class Objectives(nn.Module):
 def build_objectives(config: Config, student: Student, teachers: Mapping[str, Teacher]) -> Objectives:
     """Build the terms of a run with randomly drawn heads (from ``config.seed`` alone)."""
     terms = [OBJECTIVES[o.kind](o, student, teachers, f"objectives.{i}") for i, o in enumerate(config.objectives)]
-    init_random(nn.ModuleList(terms), config.seed, "objectives")
+    init_random(nn.ModuleList(terms), config.seed, "objectives", config.model.init_deviation)
     return Objectives(terms, [o.weight for o in config.objectives])

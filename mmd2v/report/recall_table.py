@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-RECALL_AT = (1, 5, 10)
+from mmd2v.evaluation.retrieval import RECALL_AT
+
 _DIRECTIONS = {"i2t": "image → text", "t2i": "text → image"}
 _CELL = 7  # "100.00" and a space
 _GAP = "   "

@@ -13,7 +13,9 @@ from pathlib import Path
 import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
-from mmd2v.files import atomic_path
+from mmd2v.data.pillow import upright_rgb
+from mmd2v.errors import UserError, nearest
+from mmd2v.files import atomic_path, check_output
 from mmd2v_kernels import cosine_topk
 
 _SCALE = 2
@@ -32,6 +34,7 @@ _OUTLINE = 4
 _RADIUS = 8
 _PAPER, _INK, _QUIET, _RIGHT = "#ffffff", "#1f2328", "#6e7781", "#1a9850"
 _RESAMPLE = Image.Resampling.LANCZOS
+PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".pdf")
 
 
 @dataclass(frozen=True)
@@ -102,6 +105,17 @@ def draw_retrieval(rows: Sequence[PictureRow], title: str | None = None) -> Imag
     return page
 
 
+def check_picture(flag: str, path: str | Path) -> None:
+    """Raise a UserError that starts with ``flag`` if no picture can be written at ``path``; creates nothing."""
+    suffix = Path(path).suffix.lower()
+    if suffix not in PICTURE_SUFFIXES:
+        valid = ", ".join(PICTURE_SUFFIXES)
+        raise UserError(
+            f"{flag}: {path} ends in '{suffix}', expected one of {valid}.{nearest(suffix, PICTURE_SUFFIXES)}"
+        )
+    check_output(flag, path)
+
+
 def write_retrieval_picture(path: str | Path, rows: Sequence[PictureRow], title: str | None = None) -> None:
     """Draw the rows into an image file (the format follows the name's ending), whole or not at all."""
     page = draw_retrieval(rows, title)
@@ -110,11 +124,11 @@ def write_retrieval_picture(path: str | Path, rows: Sequence[PictureRow], title:
 
 
 def _paste(page: Image.Image, image: Image.Image, left: int, top: int) -> None:
-    """Put a centred square of the image, with round corners, at (left, top)."""
+    """Put a centred square of the image, upright by its EXIF orientation, with round corners, at (left, top)."""
     side = _TILE * _SCALE
     # Small images are enlarged without blur, so that their pixels stay honest.
     method = Image.Resampling.NEAREST if min(image.size) * 4 <= side else _RESAMPLE
-    tile = ImageOps.fit(image.convert("RGB"), (side, side), method)
+    tile = ImageOps.fit(upright_rgb(image), (side, side), method)
     mask = Image.new("L", (side, side), 0)
     ImageDraw.Draw(mask).rounded_rectangle((0, 0, side - 1, side - 1), _RADIUS * _SCALE, fill=255)
     page.paste(tile, (left * _SCALE, top * _SCALE), mask)

@@ -1,12 +1,12 @@
 """Checkpoints that exist whole or not at all, and continue a run exactly.
 
 A checkpoint is a folder ``step-000100`` with DeepSpeed's files and ``mmd2v.json``. All ranks write into
-``.step-000100.tmp``; when every rank reports success, rank 0 renames it. What starts with a dot is never read.
+``.step-000100.tmp``; when every rank reports success, rank 0 renames it. What starts with a dot is never read; only
+`restore_replaced` looks for a checkpoint that was put aside for its successor when the run was killed.
 """
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import pickle
@@ -21,9 +21,9 @@ import torch
 
 from mmd2v.config.schema import Config
 from mmd2v.distributed.collectives import barrier, gather_objects
-from mmd2v.distributed.coordination import from_main_rank
+from mmd2v.distributed.coordination import from_main_rank, shared_error
 from mmd2v.distributed.environment import World
-from mmd2v.errors import UserError, nearest
+from mmd2v.errors import UserError, disk_message, nearest
 from mmd2v.files import write_json
 from mmd2v.train.engine import Engine, quiet
 from mmd2v.train.optimizer import public_name
@@ -31,9 +31,12 @@ from mmd2v.train.optimizer import public_name
 MANIFEST = "mmd2v.json"
 AUTO = "auto"
 _FOLDER = re.compile(r"step-(\d{6,})")
-_TEMPORARY = re.compile(r"\.step-\d{6,}\.tmp")
+_TEMPORARY = re.compile(r"\.step-\d{6,}(\.old)?\.tmp")
+_REPLACED = re.compile(r"\.(step-\d{6,})\.old\.tmp")
+_ABANDONED = "abandoned-"
 _FORMAT = 1
-_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_NOT_STRUCTURE = frozenset({"dropout", "drop_path", "token_drop", "init", "weights"})
+"""Keys of the model section that may change on the way: they make noise, or name where first weights came from."""
 
 
 @dataclass(frozen=True)
@@ -55,10 +58,15 @@ class Manifest:
     objectives: list[dict[str, Any]]
     parameters: dict[str, list[Any]]
     """Name → [shape, index of the optimiser group; null when frozen]."""
+    stream: dict[str, Any] | None = None
+    """Key of the config → value, of all that decides which samples come when; None: of a version that wrote none."""
 
 
-def describe(engine: Engine, config: Config, world: World, step: int) -> Manifest:
-    """Describe the checkpoint the engine would write after ``step`` steps."""
+def describe(engine: Engine, config: Config, world: World, step: int, sample_index: int, images: int) -> Manifest:
+    """Describe the checkpoint the engine would write after ``step`` steps, at position ``sample_index`` of the stream.
+
+    ``images`` is the size of the training set.
+    """
     group_of = {name: i for i, group in enumerate(engine.groups) for name in group.names}
     parameters = {
         public_name(name): [list(getattr(parameter, "ds_shape", parameter.shape)), group_of.get(public_name(name))]
@@ -67,7 +75,7 @@ def describe(engine: Engine, config: Config, world: World, step: int) -> Manifes
     return Manifest(
         format=_FORMAT,
         step=step,
-        sample_index=step * config.engine.batch_size,
+        sample_index=sample_index,
         batch_size=config.engine.batch_size,
         world_size=world.size,
         zero_stage=config.engine.zero_stage,
@@ -76,7 +84,21 @@ def describe(engine: Engine, config: Config, world: World, step: int) -> Manifes
         model=config.model.model_dump(mode="json"),
         objectives=[objective.model_dump(mode="json") for objective in config.objectives],
         parameters=parameters,
+        stream=_stream(config, images),
     )
+
+
+def _stream(config: Config, images: int) -> dict[str, Any]:
+    tokenizer = config.data.tokenizer
+    return {
+        "seed": config.seed,
+        "data.train (images)": images,
+        "data.image.size": config.data.image.size,
+        **{
+            f"data.tokenizer.{key}": getattr(tokenizer, key) if tokenizer else None
+            for key in ("kind", "max_length", "append_end")
+        },
+    }
 
 
 # ------------------------------------------------------------------------------------------ finding
@@ -137,6 +159,35 @@ def read_manifest(path: Path) -> Manifest:
         raise UserError(f"{file}: not a manifest of a checkpoint: {error}") from None
 
 
+def restore_replaced(run_dir: Path) -> None:
+    """Bring back checkpoints whose successor of the same step was never put in place; remove what is left of others."""
+    folder = run_dir / "checkpoints"
+    for path in list(folder.iterdir()) if folder.is_dir() else ():
+        if match := _REPLACED.fullmatch(path.name):
+            final = folder / match[1]
+            if final.exists():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                os.replace(path, final)
+
+
+def set_aside_after(run_dir: Path, step: int) -> str | None:
+    """Rename the checkpoints after ``step``: a run that goes back to it leaves their branch for a new one.
+
+    Left in place they would count as the newest. Returns a line that says so, None when there are none.
+    """
+    aside = []
+    for found, path in complete_checkpoints(run_dir / "checkpoints"):
+        if found > step:
+            target = path.with_name(_ABANDONED + path.name)
+            shutil.rmtree(target, ignore_errors=True)  # of a branch that was left before
+            os.replace(path, target)
+            aside.append(target.name)
+    if not aside:
+        return None
+    return f"going back to step {step}; later checkpoints are set aside as {', '.join(aside)} (remove them at will)"
+
+
 # ------------------------------------------------------------------------------------------- saving
 
 
@@ -170,7 +221,7 @@ class Checkpointer:
         if any(errors):
             self._discard(temporary)
             lines = [f"rank {rank}: {message}" for rank, message in enumerate(errors) if message]
-            raise UserError(
+            raise shared_error(
                 f"{final}: the checkpoint could not be written ({'; '.join(lines)}); nothing of it was kept, "
                 + (f"the newest checkpoint is still {self.newest}" if self.newest else "there is none before it")
             )
@@ -192,7 +243,7 @@ class Checkpointer:
         barrier()
 
     def _finish(self, temporary: Path, final: Path) -> None:
-        if final.exists():  # a run that went back to an older checkpoint gets here again
+        if final.exists():
             replaced = temporary.with_name(f".{final.name}.old.tmp")
             shutil.rmtree(replaced, ignore_errors=True)
             os.replace(final, replaced)
@@ -201,7 +252,8 @@ class Checkpointer:
         else:
             os.replace(temporary, final)
         _sync_folder(self.folder)
-        for _, path in complete_checkpoints(self.folder)[: -self.keep]:
+        older = [path for _, path in complete_checkpoints(self.folder) if path != final]
+        for path in older[: max(0, len(older) - (self.keep - 1))]:
             # Out of sight first: a kill in the middle of the removal must not leave half a checkpoint behind.
             hidden = path.with_name(f".{path.name}.tmp")
             os.replace(path, hidden)
@@ -225,13 +277,6 @@ def _guarded(action: Callable[[], Any]) -> str | None:
     except OSError as error:
         return disk_message(error)
     return None
-
-
-def disk_message(error: OSError) -> str:
-    """Say what a failed write means to the user."""
-    if error.errno in _DISK_ERRORS:
-        return f"the disk is full or a quota is reached ({error.strerror})"
-    return f"{error.strerror or error}"
 
 
 def _sync_folder(folder: Path) -> None:
@@ -308,8 +353,7 @@ def load_checkpoint(engine: Engine, path: Path, expected: Manifest) -> Manifest:
 
     ``expected`` is `describe` of the present run. Raises UserError listing what differs, or naming a damaged file.
     """
-    manifest = read_manifest(path)
-    check_same_run(path, manifest, expected)
+    manifest = from_main_rank(lambda: _fitting_manifest(path, expected))
     engine.deepspeed.checkpoint_engine = _storage()
     try:
         with quiet():
@@ -320,6 +364,12 @@ def load_checkpoint(engine: Engine, path: Path, expected: Manifest) -> Manifest:
         raise UserError(f"{path}: the checkpoint is damaged: {str(error).splitlines()[0]}") from error
     if loaded is None:
         raise UserError(f"{path}: the checkpoint is damaged: files of DeepSpeed are missing")
+    return manifest
+
+
+def _fitting_manifest(path: Path, expected: Manifest) -> Manifest:
+    manifest = read_manifest(path)
+    check_same_run(path, manifest, expected)
     return manifest
 
 
@@ -337,12 +387,23 @@ def check_same_run(path: Path, found: Manifest, expected: Manifest) -> None:
         for key, label in keys.items()
         if getattr(found, key) != getattr(expected, key)
     ]
+    for key, value in (found.stream or {}).items():
+        lines += _differences(key, value, (expected.stream or {}).get(key))
+    # Shapes alone would let other heads, norms or poolings pass.
+    lines += _differences("model", _structure(found.model), _structure(expected.model))
     if found.parameters != expected.parameters:
-        lines += _differences("model", found.model, expected.model)
         lines += _differences("objectives", found.objectives, expected.objectives)
         lines += _parameter_differences(found.parameters, expected.parameters)
     if lines:
         raise UserError(f"{path}: the checkpoint is of another run than this config:\n  " + "\n  ".join(lines))
+
+
+def _structure(section: Any) -> Any:
+    """Return the model section, or a part of it, without what may change while the model stays the same."""
+    if isinstance(section, Mapping):
+        skipped = _NOT_STRUCTURE | ({"name"} if section.get("kind") == "hf" else set())  # the folder of the encoder
+        return {key: _structure(value) for key, value in section.items() if key not in skipped}
+    return [_structure(item) for item in section] if isinstance(section, list) else section
 
 
 def _differences(at: str, found: Any, expected: Any) -> list[str]:

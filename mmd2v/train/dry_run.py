@@ -17,7 +17,7 @@ from mmd2v.config.schema import Config
 from mmd2v.data.batch import Batch
 from mmd2v.data.stream import dataset_size
 from mmd2v.distributed import environment
-from mmd2v.distributed.coordination import from_main_rank
+from mmd2v.distributed.coordination import from_main_rank, on_every_rank
 from mmd2v.distributed.environment import World
 from mmd2v.errors import UserError
 from mmd2v.models.encoders.base import ModalityEncoder
@@ -50,8 +50,8 @@ def dry_run(config: Config) -> None:
     console.rule("batches")
     console.print(_describe_batches(config, plan), markup=False, soft_wrap=True)
 
-    parts = build_parts(config, world)
-    check_evaluation(config, parts.student)
+    parts = on_every_rank(lambda: build_parts(config, world))
+    on_every_rank(lambda: check_evaluation(config, parts.student))
     console.rule("parameters")
     console.print(parameter_table(parts))
     batch = mock_batch(config, parts.tokenizer, plan.micro_batch)
@@ -182,7 +182,6 @@ def _mock_step(config: Config, world: World, parts: Parts, engine: Engine, plan:
     batch = batch.to(world.device)
     torch.manual_seed(config.seed)
     engine.module.train()
-    engine.learning_rate = 0.0
     start = time.perf_counter()
     for _ in range(plan.accumulation):
         losses = engine.forward(batch, {name: teacher(batch) for name, teacher in parts.teachers.items()})

@@ -19,6 +19,7 @@ from torch import nn
 
 from mmd2v.config.deepspeed import deepspeed_config
 from mmd2v.config.schema import Config
+from mmd2v.distributed.coordination import on_every_rank
 from mmd2v.distributed.environment import World
 from mmd2v.errors import UserError
 from mmd2v.train.module import TrainModule
@@ -93,18 +94,24 @@ class Engine:
 
 def build_engine(config: Config, world: World, module: TrainModule) -> Engine:
     """Hand the train module and its optimiser to DeepSpeed. Raises UserError when this machine cannot run them."""
-    _check_precision(config, world)
-    groups = parameter_groups(config.optimizer, module.named_parameters())
-    _without_shared_memory_collectives()
-    module.to(world.device)
-    optimizer, description = build_optimizer(config, groups, world.device)
+    groups, (optimizer, description), options = on_every_rank(lambda: _ingredients(config, world, module))
     with quiet():
         import deepspeed
 
-        engine, *_ = deepspeed.initialize(
-            model=module, optimizer=optimizer, config=deepspeed_config(config, world.size)
-        )
+        engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=options)
     return Engine(engine, groups, config, type(optimizer).__name__, description)
+
+
+def _ingredients(
+    config: Config, world: World, module: TrainModule
+) -> tuple[list[ParameterGroup], tuple[torch.optim.Optimizer, str], dict[str, Any]]:
+    """Make what DeepSpeed is given, and find every error of the config before the ranks begin to communicate."""
+    _check_precision(config, world)
+    options = deepspeed_config(config, world.size)
+    groups = parameter_groups(config.optimizer, module.named_parameters())
+    _without_shared_memory_collectives()
+    module.to(world.device)
+    return groups, build_optimizer(config, groups, world.device), options
 
 
 def _check_precision(config: Config, world: World) -> None:

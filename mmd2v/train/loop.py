@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import sys
 import time
 from collections.abc import Iterator
@@ -17,26 +16,33 @@ from mmd2v.config.schema import Config
 from mmd2v.data.batch import Batch
 from mmd2v.data.stream import dataset_size, train_loader
 from mmd2v.distributed import environment
-from mmd2v.distributed.coordination import from_main_rank
+from mmd2v.distributed.buffers import average_buffers
+from mmd2v.distributed.coordination import from_main_rank, on_every_rank
 from mmd2v.distributed.environment import World
-from mmd2v.errors import UserError
-from mmd2v.train.checkpoint import Checkpointer, describe, disk_message, find_checkpoint, load_checkpoint
+from mmd2v.train.checkpoint import (
+    Checkpointer,
+    Manifest,
+    describe,
+    find_checkpoint,
+    load_checkpoint,
+    restore_replaced,
+    set_aside_after,
+)
 from mmd2v.train.engine import Engine
 from mmd2v.train.evaluation import check_evaluation, evaluate, recall_line
-from mmd2v.train.metrics import METRICS_FILE, LossMeter, Reporter, Stopwatch, memory_gigabytes
+from mmd2v.train.finite import check_weights
+from mmd2v.train.metrics import METRICS_FILE, LossMeter, Reporter, Stopwatch, is_evaluated, memory_gigabytes
 from mmd2v.train.parts import Parts, build_parts
 from mmd2v.train.run_dir import describe_run
 from mmd2v.train.schedule import Schedule, build_schedule
-
-_WRITE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR)
-"""What the user's disk or folder may answer when a run writes; any other OSError is our mistake."""
 
 
 def train(config: Config, resume: str | None = None) -> None:
     """Train a run from its config.
 
     ``resume`` is None (a new run), ``"auto"`` (the newest checkpoint of ``run_dir``, or a new run) or the path of a
-    checkpoint. Every rank of a launcher calls this. Raises UserError for bad input and for a full disk.
+    checkpoint. Every rank of a launcher calls this. Raises UserError for bad input and for a checkpoint that cannot
+    be written, OSError where the disk refuses another file of the run.
     """
     world = environment.initialize(config.engine.device)
     run: Run | None = None
@@ -47,10 +53,6 @@ def train(config: Config, resume: str | None = None) -> None:
         if run is not None and world.is_main:
             print(run.farewell(), file=sys.stderr)
         raise
-    except OSError as error:
-        if error.errno not in _WRITE_ERRORS:
-            raise
-        raise UserError(f"{error.filename or config.run_dir}: {disk_message(error)}") from error
     finally:
         if run is not None:
             run.reporter.close()
@@ -67,16 +69,18 @@ class Run:
         self.dataset_size: int = from_main_rank(lambda: dataset_size(config.data.train))
         self.steps = total_steps(config, self.plan, self.dataset_size)
         self.schedule: Schedule = from_main_rank(lambda: build_schedule(config.optimizer, self.steps))
+        from_main_rank(lambda: restore_replaced(self.run_dir))
         start: Path | None = from_main_rank(lambda: find_checkpoint(self.run_dir, resume))
 
-        self.parts: Parts = build_parts(config, world)
-        check_evaluation(config, self.parts.student)
+        self.parts: Parts = on_every_rank(lambda: build_parts(config, world))
+        on_every_rank(lambda: check_evaluation(config, self.parts.student))
         self.engine: Engine = self.parts.engine(config, world)
-        self.step = 0
+        self.step, self.sample_index = 0, 0
         if start is not None:
-            expected = describe(self.engine, config, world, 0)
-            self.step = load_checkpoint(self.engine, start, expected).step
+            manifest = load_checkpoint(self.engine, start, self._describe())
+            self.step, self.sample_index = manifest.step, manifest.sample_index
         self.first_step = self.step
+        branch: str | None = from_main_rank(lambda: set_aside_after(self.run_dir, self.first_step))
 
         self.checkpointer = Checkpointer(self.run_dir, config.checkpoint.keep, world)
         if world.is_main:
@@ -84,7 +88,7 @@ class Run:
         self.reporter = Reporter(self.run_dir, world, self.steps, self.step, config.logging.tensorboard)
         self.meter, self.stopwatch = LossMeter(), Stopwatch()
         self._working, self._reported = 0.0, self.step
-        self._announce(start)
+        self._announce(start, branch)
 
     def train(self) -> None:
         """Run from the present step to the last."""
@@ -100,11 +104,14 @@ class Run:
         while self.step < self.steps:
             self._train_step(batches)
             self.step += 1
+            self.sample_index += self.plan.global_batch
             self.reporter.progress(self.step)
             last = self.step == self.steps
+            saves = last or (config.checkpoint.every is not None and self.step % config.checkpoint.every == 0)
 
-            # Once an interval: the only place where the host waits for the device.
-            if self.step % every == 0 or last:
+            # Once an interval: the only place where the host waits for the device. An interval ends at a checkpoint
+            # too, so that a run continued from there has the same ones.
+            if self.step % every == 0 or saves:
                 self._report()
 
             # Once in a while: recall on the held-out set. The last one comes after the last checkpoint.
@@ -112,10 +119,12 @@ class Run:
                 self._evaluate()
 
             # Once in a while and at the end: a checkpoint.
-            if last or (config.checkpoint.every and self.step % config.checkpoint.every == 0):
+            if saves:
                 self._save()
 
-        self._evaluate()
+        # A finished run that is started again has its last recall already.
+        if not from_main_rank(lambda: is_evaluated(self.run_dir / METRICS_FILE, self.step)):
+            self._evaluate()
         self.reporter.say(f"finished: step {self.step} of {self.steps}, run in {self.run_dir}")
 
     def farewell(self) -> str:
@@ -149,7 +158,7 @@ class Run:
             world_size=self.world.size,
             micro_batch_size=self.plan.micro_batch,
             accumulation=self.plan.accumulation,
-            start_index=self.step * self.plan.global_batch,
+            start_index=self.sample_index,
         )
 
     def _report(self) -> None:
@@ -162,7 +171,7 @@ class Run:
         values |= self.engine.followed()
         values |= {
             "learning_rate": self.engine.learning_rate,
-            "epoch": self.step * self.plan.global_batch / self.dataset_size,
+            "epoch": self.sample_index / self.dataset_size,
             "throughput(samples/s)": interval * self.plan.global_batch / seconds,
             "time/step(s)": seconds / interval,
             "time/data(%)": 100 * self.stopwatch.waiting / seconds,
@@ -179,14 +188,19 @@ class Run:
         if self.config.data.eval is None:
             return
         with self._pause():
+            average_buffers(self.engine.module)
             metrics = evaluate(self.config, self.parts, self.world)
         self.reporter.record(self.step, {f"evaluation/{name}": value for name, value in metrics.items()})
         self.reporter.say(f"step {self.step}/{self.steps}  recall  {recall_line(metrics)}")
 
     def _save(self) -> None:
         with self._pause():
-            self.meter.read(self.step)  # raises before weights that are not finite replace good ones
-            self.checkpointer.save(self.engine, describe(self.engine, self.config, self.world, self.step))
+            check_weights(self.engine.module, self.step)  # the report before has looked at the loss
+            average_buffers(self.engine.module)
+            self.checkpointer.save(self.engine, self._describe())
+
+    def _describe(self) -> Manifest:
+        return describe(self.engine, self.config, self.world, self.step, self.sample_index, self.dataset_size)
 
     @contextmanager
     def _pause(self) -> Iterator[None]:
@@ -194,12 +208,14 @@ class Run:
         yield
         self.stopwatch.paused(time.perf_counter() - start)
 
-    def _announce(self, start: Path | None) -> None:
+    def _announce(self, start: Path | None, branch: str | None) -> None:
         device = f"{self.world.device.type}, {self.config.engine.precision}, ZeRO-{self.config.engine.zero_stage}"
         self.reporter.say(f"run {self.config.name} on {device}: {self.plan}, {self.steps} steps")
         self.reporter.say(f"optimiser: {self.engine.description}")
         if start is not None:
             self.reporter.say(f"continuing from {start} at step {self.step}")
+        if branch is not None:
+            self.reporter.say(branch)
         self.reporter.say(f"metrics: {self.run_dir / METRICS_FILE}")
 
 

@@ -17,8 +17,8 @@ import psutil
 import torch
 
 from mmd2v.distributed.collectives import gather_objects, mean_over_ranks
+from mmd2v.distributed.coordination import shared_error
 from mmd2v.distributed.environment import World
-from mmd2v.errors import UserError
 from mmd2v.files import write_text
 from mmd2v.progress import duration
 
@@ -52,7 +52,7 @@ class LossMeter:
         bad = [name for name, value in means.items() if not math.isfinite(value)]
         if bad:
             ranks = [rank for rank, finite in enumerate(gather_objects(bool(own.isfinite().all()))) if not finite]
-            raise UserError(
+            raise shared_error(
                 f"step {step}: {', '.join(bad)} became {means[bad[0]]} on rank(s) {', '.join(map(str, ranks))}; try a "
                 f"lower optimizer.lr, a longer optimizer.warmup or optimizer.clip_norm"
             )
@@ -111,12 +111,13 @@ class Reporter:
             return
         run_dir.mkdir(parents=True, exist_ok=True)
         path = run_dir / METRICS_FILE
-        forget_after(path, first_step)
+        # A new run keeps nothing, not even the step-0 records of one that was killed before its first checkpoint.
+        forget_after(path, first_step if first_step else -1)
         self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 - lives as long as the run
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
-            self._writer = SummaryWriter(str(run_dir / "tensorboard"), purge_step=first_step + 1)
+            self._writer = SummaryWriter(str(run_dir / "tensorboard"), purge_step=first_step + 1 if first_step else 0)
         if sys.stdout.isatty():
             self._start_bar(first_step)
 
@@ -191,6 +192,12 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
         except ValueError:
             continue
     return records
+
+
+def is_evaluated(path: Path, step: int) -> bool:
+    """Whether a recall at ``step`` is recorded."""
+    records = read_metrics(path) if path.exists() else []
+    return any(r["step"] == step and any(name.startswith("evaluation/") for name in r) for r in records)
 
 
 def forget_after(path: Path, step: int) -> None:

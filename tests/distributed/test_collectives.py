@@ -5,8 +5,8 @@ import torch
 from harness import run_distributed_test
 
 from mmd2v.distributed import collectives
-from mmd2v.distributed.coordination import ReportedByMainRank, from_main_rank
-from mmd2v.errors import UserError
+from mmd2v.distributed.coordination import from_main_rank, on_every_rank
+from mmd2v.errors import ReportedByMainRank, UserError
 
 WORLD = 2
 ROWS = 3
@@ -24,6 +24,19 @@ def _loss(everything: torch.Tensor, own: torch.Tensor, offset: int) -> torch.Ten
 
 def _refuse() -> None:
     raise UserError("no such folder")
+
+
+def _refuse_on(ranks: tuple[int, ...]) -> int:
+    if collectives.rank() in ranks:
+        raise UserError("no such teacher")
+    return 7
+
+
+def _raised(ranks: tuple[int, ...]) -> tuple[str, str]:
+    try:
+        return str(on_every_rank(lambda: _refuse_on(ranks))), ""
+    except UserError as error:
+        return type(error).__name__, str(error)
 
 
 def _on_rank() -> dict:
@@ -46,10 +59,10 @@ def _on_rank() -> dict:
         "flags": collectives.gather_variable(torch.tensor([rank == 0] * (2 - rank))).tolist(),
         "broadcast": collectives.broadcast_object({"from": rank}),
         "objects": collectives.gather_objects(f"rank {rank}"),
-        "vote": [collectives.all_true(True), collectives.all_true(rank == 0)],
         "mean": collectives.mean_over_ranks(torch.tensor([float(rank)])).tolist(),
         "decision": from_main_rank(lambda: f"by {collectives.rank()}"),
         "raised": raised,
+        "agreed": [_raised(()), _raised((0, 1)), _raised((1,))],
     }
 
 
@@ -77,17 +90,21 @@ def test_uneven_and_empty_parts_are_joined_in_rank_order(ranks):
         assert r["flags"] == [True, True, False]
 
 
-def test_objects_and_votes(ranks):
+def test_objects_and_decisions(ranks):
     for r in ranks:
         assert r["broadcast"] == {"from": 0}
         assert r["objects"] == ["rank 0", "rank 1"]
-        assert r["vote"] == [True, False]
         assert r["mean"] == [0.5]
         assert r["decision"] == "by 0"
 
 
 def test_error_of_the_main_rank_reaches_all_and_is_told_once(ranks):
     assert [r["raised"] for r in ranks] == ["UserError", ReportedByMainRank.__name__]
+
+
+def test_error_of_any_rank_is_told_once_by_the_main_rank(ranks):
+    for r, name in zip(ranks, ("UserError", "ReportedByMainRank"), strict=True):
+        assert r["agreed"] == [("7", ""), (name, "no such teacher"), (name, "rank 1: no such teacher")]
 
 
 def test_everything_is_the_identity_alone():
@@ -99,7 +116,6 @@ def test_everything_is_the_identity_alone():
     assert collectives.mean_over_ranks(x) is x
     assert collectives.broadcast_object("a") == "a"
     assert collectives.gather_objects("a") == ["a"]
-    assert collectives.all_true(True) and not collectives.all_true(False)
     collectives.barrier()
 
 

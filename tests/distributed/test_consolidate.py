@@ -44,7 +44,7 @@ def train_one_step(folder: Path) -> None:
         engine.backward(losses["loss"])
         engine.step()
         run = folder / str(stage)
-        Checkpointer(run, 1, world).save(engine, describe(engine, config, world, 1))
+        Checkpointer(run, 1, world).save(engine, describe(engine, config, world, 1, 4, 4))
         student.eval()
         with torch.no_grad():
             embedding = student(random_batch(4, seed=9)).embedding
@@ -66,15 +66,15 @@ def runs(tmp_path_factory):
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_consolidated_weights_give_the_embeddings_of_the_training_model(runs, stage):
-    from mmd2v.export import load_weights
     from mmd2v.models.student import build_student
+    from mmd2v.models.timm_backbone import load_exactly
     from mmd2v.train.consolidate import consolidate
 
     state = consolidate(runs / str(stage) / CHECKPOINT)
     assert all(v.dtype == torch.float32 or not v.is_floating_point() for v in state.values())
     student = build_student(stage_config(runs, stage), StubTokenizer(), pretrained=False)
     weights = {name.removeprefix("student."): v for name, v in state.items() if name.startswith("student.")}
-    load_weights(student, weights, "test")
+    load_exactly(student, weights, "test")
     student.eval()
     with torch.no_grad():
         found = student(random_batch(4, seed=9)).embedding

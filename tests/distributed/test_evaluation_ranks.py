@@ -1,12 +1,16 @@
 """Evaluation over several ranks: the numbers of one rank, uneven slices, errors that reach every rank."""
 
+import contextlib
+import io
 from dataclasses import replace
 
 import torch
 from harness import run_distributed_test
 from small import random_batch
 
-from mmd2v.errors import UserError
+from mmd2v.cli.main import main
+from mmd2v.distributed.collectives import rank, world_size
+from mmd2v.errors import ReportedByMainRank, UserError
 
 IMAGES, BATCH = 11, 5
 
@@ -74,7 +78,6 @@ def alone():
 
 def work() -> dict:
     """What each rank does."""
-    from mmd2v.distributed.collectives import rank, world_size
     from mmd2v.evaluation.retrieval import evaluate
 
     metrics = evaluate(FakeStudent().train(), loader(rank(), world_size()))
@@ -85,8 +88,15 @@ def work() -> dict:
             evaluate(FakeStudent(), loader(rank(), world_size(), **keywords), **arguments)
             errors.append(None)
         except UserError as error:
-            errors.append(str(error))
+            errors.append((str(error), isinstance(error, ReportedByMainRank)))
     return {"metrics": metrics, "calls": calls, "errors": errors}
+
+
+def eval_of_an_absent_export(folder: str) -> tuple[int, str]:
+    printed = io.StringIO()
+    with contextlib.redirect_stderr(printed):
+        status = main(["eval", "retrieval", f"{folder}/none", "--shards", folder, "--device", "cpu"])
+    return status, printed.getvalue()
 
 
 def test_one_rank_needs_no_process_group():
@@ -99,11 +109,19 @@ def test_one_rank_needs_no_process_group():
 def test_two_ranks_give_the_same_numbers_and_the_same_errors():
     expected = alone()
     results = run_distributed_test(work, 2)
-    for result in results:
+    for number, result in enumerate(results):
         assert result["metrics"] == expected
-        unreadable, too_few, miscounted = result["errors"]
+        # Rank 0 alone tells what all ranks know.
+        assert [silent for _, silent in result["errors"]] == [number != 0] * 3
+        unreadable, too_few, miscounted = (message for message, _ in result["errors"])
         assert unreadable == "shard x: sample y: the image does not decode"
         assert "fewer images than the 2 ranks" in too_few
         assert miscounted == "evaluation: found 10 images, expected 12"
     # Ranks run the same number of forward passes, as ZeRO-3 needs it.
     assert len({result["calls"] for result in results}) == 1
+
+
+def test_an_error_of_eval_is_printed_once(tmp_path):
+    (told, message), (silent, nothing) = run_distributed_test(eval_of_an_absent_export, 2, args=(str(tmp_path),))
+    assert (told, silent, nothing) == (2, 2, "")
+    assert message.startswith("error: mmd2v.load: ") and message.endswith("none is no folder\n")

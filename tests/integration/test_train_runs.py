@@ -18,6 +18,8 @@ from mmd2v.train.metrics import read_metrics
 
 STEPS = 40
 EVERY = 5
+REPORT_EVERY = 3  # no divisor of EVERY: an interval ends at a checkpoint too
+REPORTED = [step for step in range(1, STEPS + 1) if step % REPORT_EVERY == 0 or step % EVERY == 0]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 MMD2V = [sys.executable, "-m", "mmd2v"]
 
@@ -32,6 +34,13 @@ def _mmd2v(*arguments: object, **options) -> subprocess.CompletedProcess[str]:
 
 def _losses(run_dir: Path) -> dict[int, float]:
     return {record["step"]: record["loss"] for record in read_metrics(run_dir / "metrics.jsonl") if "loss" in record}
+
+
+def _exact(run_dir: Path) -> list[dict[str, float]]:
+    """Every record without what depends on the clock and the machine."""
+    clock = ("throughput", "time/", "memory")
+    records = read_metrics(run_dir / "metrics.jsonl")
+    return [{name: value for name, value in r.items() if not name.startswith(clock)} for r in records]
 
 
 def _names(folder: Path) -> list[str]:
@@ -56,6 +65,7 @@ def config(data, tmp_path_factory) -> Path:
         engine__micro_batch_size=4,
         checkpoint__every=EVERY,
         logging__tensorboard=True,
+        logging__every=REPORT_EVERY,
     )
 
 
@@ -83,12 +93,12 @@ def test_output_is_lines_without_noise(whole):
     assert lines[1] == "optimiser: torch.optim.AdamW (fused), named in the config"
     assert "4 images × 2 accumulation = 8 images a step" in lines[0]
     steps = [line for line in lines if line.startswith("step ") and "samples/s" in line]
-    assert len(steps) == STEPS
+    assert len(steps) == len(REPORTED)
     for part in ("loss ", "contrastive ", "cls_regression/image ", "lr ", "data ", "GB", "ETA"):
         assert part in steps[0]
     recall = [line for line in lines if "recall" in line]
     assert len(recall) == 2 and all("image→text R@1/5/10" in line and "(chance " in line for line in recall)
-    assert len(lines) <= STEPS + 7
+    assert len(lines) <= len(REPORTED) + 7
 
 
 def test_records_have_units_and_every_term(whole):
@@ -123,7 +133,7 @@ def _start_and_end(command: list[object], run_dir: Path, after: int, sign: signa
 def killed(config) -> Path:
     """Run directory of the same run, ended by SIGKILL in the middle."""
     run_dir = config.parent / "runs" / "killed"
-    process = _start_and_end(["train", config, "--run_dir", run_dir], run_dir, EVERY + 2, signal.SIGKILL)
+    process = _start_and_end(["train", config, "--run_dir", run_dir], run_dir, EVERY + 1, signal.SIGKILL)
     process.communicate()
     return run_dir
 
@@ -148,7 +158,8 @@ def test_killed_run_continues_as_if_nothing_had_happened(config, whole, killed):
     resumed = _mmd2v(*resume)
     assert resumed.returncode == 0, resumed.stderr
     assert "continuing from" in resumed.stdout
-    assert _losses(killed) == _losses(whole)  # to the last bit, step by step
+    assert sorted(_losses(killed)) == REPORTED
+    assert _exact(killed) == _exact(whole)  # to the last bit: losses, norms, recall, and each once
     assert _names(killed / "checkpoints") == _names(whole / "checkpoints")
 
 
@@ -172,8 +183,16 @@ def _misadventures(base: str) -> dict[str, str]:
 
     runs = Path(base).parent / "runs"
     steps = ["--data.workers", "0", "--logging.tensorboard", "false"]
+    before = read_metrics(Path(base).parent / "runs" / "whole" / "metrics.jsonl")
+    attempt("finished again", resume="auto")
+    said["finished again"] += " with the same records" * (
+        read_metrics(Path(base).parent / "runs" / "whole" / "metrics.jsonl") == before
+    )
     attempt("no such checkpoint", resume=str(runs / "whale"))
     attempt("other architecture", "--model.width", "48", "--model.layers.1.kind", "mome", resume="auto")
+    attempt("other heads", "--model.heads", "2", "--model.layers.0.norm", "post", resume="auto")
+    attempt("other stream", "--seed", "4", "--data.train.limit", "40", "--data.tokenizer.max_length", "20",
+            resume="auto")  # fmt: skip
     attempt("other stage", "--engine.zero_stage", "2", resume="auto")
     attempt("fp16", *steps, "--run_dir", str(runs / "fp16"), "--engine.precision", "fp16")
     attempt("batch", *steps, "--run_dir", str(runs / "batch"), "--engine.micro_batch_size", "3")
@@ -190,11 +209,15 @@ def _misadventures(base: str) -> dict[str, str]:
     resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
     attempt("disk free again", *full, "--steps", "4", resume="auto")
 
+    back = str(runs / "full" / "checkpoints" / "step-000002")
+    attempt("going back", *full, "--steps", "6", "--checkpoint.every", "1", "--checkpoint.keep", "2", resume=back)
+    said["left by going back"] = " ".join(_names(runs / "full" / "checkpoints"))
+
     copy = runs / "damaged"
     shutil.copytree(runs / "full", copy)
-    file = next((copy / "checkpoints" / "step-000004").glob("*_optim_states.pt"))
+    file = next((copy / "checkpoints" / "step-000006").glob("*_optim_states.pt"))
     file.write_bytes(file.read_bytes()[:1000])
-    attempt("damaged", *full[2:], "--run_dir", str(copy), "--steps", "6", resume="auto")
+    attempt("damaged", *full[2:], "--run_dir", str(copy), "--steps", "8", resume="auto")
     return said
 
 
@@ -215,7 +238,27 @@ def test_checkpoint_of_another_architecture(said):
     assert "the checkpoint is of another run than this config" in text
     assert "model.width: checkpoint 32, this run 48" in text
     assert 'model.layers.1.kind: checkpoint "shared", this run "mome"' in text
+    assert "model.heads: checkpoint 4, this run 2" in said["other heads"]
+    assert 'model.layers.0.norm: checkpoint "pre", this run "post"' in said["other heads"]
     assert "engine.zero_stage: checkpoint 1, this run 2" in said["other stage"]
+
+
+def test_checkpoint_of_another_stream_of_samples(said):
+    for line in (
+        "seed: checkpoint 3, this run 4",
+        "data.train (images): checkpoint 48, this run 40",
+        "data.tokenizer.max_length: checkpoint 24, this run 20",
+    ):
+        assert line in said["other stream"]
+
+
+def test_finished_run_is_not_evaluated_again(said):
+    assert said["finished again"] == "went well with the same records"
+
+
+def test_going_back_starts_a_branch_of_its_own(said):
+    assert said["going back"] == "went well"
+    assert said["left by going back"] == "abandoned-step-000004 step-000005 step-000006"
 
 
 def test_run_that_cannot_start_leaves_nothing(said, config):
@@ -230,7 +273,7 @@ def test_loss_that_is_not_finite_ends_the_run_before_it_is_saved(said, config):
     assert "became" in said["diverged"] and "on rank(s) 0" in said["diverged"]
     from mmd2v.train.checkpoint import complete_checkpoints
 
-    assert len(complete_checkpoints(config.parent / "runs" / "nan" / "checkpoints")) <= 1
+    assert complete_checkpoints(config.parent / "runs" / "nan" / "checkpoints") == []
 
 
 def test_full_disk_keeps_the_checkpoint_before(said):
@@ -241,8 +284,18 @@ def test_full_disk_keeps_the_checkpoint_before(said):
     assert said["disk free again"] == "went well"
 
 
+def test_full_disk_while_exporting_is_one_line(whole, tmp_path):
+    def limit() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+
+    result = _mmd2v("export", whole, "--out", tmp_path / "export", preexec_fn=limit)
+    assert result.returncode == 2, result.stderr
+    assert result.stderr.startswith("error: ") and len(result.stderr.splitlines()) == 1, result.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_damaged_checkpoint_is_named(said):
-    assert "damaged/checkpoints/step-000004: the checkpoint is damaged" in said["damaged"]
+    assert "damaged/checkpoints/step-000006: the checkpoint is damaged" in said["damaged"]
 
 
 # --------------------------------------------------------------------------------- launcher, dry run
@@ -255,7 +308,18 @@ def test_two_processes_under_the_deepspeed_launcher(config, whole):
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     command = [launcher, "--num_accelerators", 2, "--master_port", port, "--module", "mmd2v", "train", config]
-    overrides = ["--run_dir", run_dir, "--steps", 4, "--engine.zero_stage", 2, "--evaluation.at_start", "false"]
+    overrides = [
+        "--run_dir",
+        run_dir,
+        "--steps",
+        4,
+        "--engine.zero_stage",
+        2,
+        "--logging.every",
+        1,
+        "--evaluation.at_start",
+        "false",
+    ]
     result = subprocess.run(
         list(map(str, [*command, *overrides])),
         env={**ENVIRONMENT, "DS_ACCELERATOR": "cpu", "PATH": f"{launcher.parent}:{os.environ['PATH']}"},
@@ -269,6 +333,35 @@ def test_two_processes_under_the_deepspeed_launcher(config, whole):
     assert sorted(_losses(run_dir)) == [1, 2, 3, 4]
     assert len([line for line in result.stdout.splitlines() if line.startswith("step 1/4 ")]) == 1
     assert len(list((run_dir / "checkpoints" / "step-000004").glob("*_optim_states.pt"))) == 2
+
+
+def test_error_that_all_ranks_see_is_printed_once(config, data):
+    teacher = ["--teachers.resnet.name", f"timm:test_resnett@{data / 'teacher.safetensors'}"]
+    for wrong, message in (["--optimizr.lr", 1], "unknown key"), (teacher, "test_resnett"):
+        arguments = ["train", config, "--run_dir", config.parent / "runs" / "wrong", *wrong]
+        statuses, errors = _two_ranks(arguments)
+        assert statuses == [2, 2], errors
+        assert message in errors[0] and errors[0].startswith("error: ") and errors[1] == "", errors
+
+
+def _two_ranks(arguments: list[object]) -> tuple[list[int], list[str]]:
+    """Exit statuses and error output of two ranks without a launcher, which would mix what they say."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    launched = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    processes = [
+        subprocess.Popen(
+            [*MMD2V, *map(str, arguments)],
+            env={**ENVIRONMENT, **launched, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    errors = [process.communicate(timeout=200)[1] for process in processes]
+    return [process.returncode for process in processes], errors
 
 
 def test_dry_run_prints_and_touches_nothing(config, tmp_path):

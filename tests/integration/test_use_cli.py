@@ -171,7 +171,7 @@ def test_embed_writes_rows_and_their_names(folder, tmp_path, capsys):
     finally:
         (folder / "broken.jpg").rename(folder / "photos" / "broken.jpg")
     assert "6 embeddings of width 16" in capsys.readouterr().out
-    names = json.loads((tmp_path / "images.json").read_text())["ids"]
+    names = json.loads((tmp_path / "images.ids.json").read_text())["ids"]
     encoder = mmd2v.load(folder / "export")
     expected = encoder.encode_image([folder / "photos" / name for name in names])
     assert torch.allclose(load_file(out)["embeddings"], expected, atol=1e-6)
@@ -179,18 +179,72 @@ def test_embed_writes_rows_and_their_names(folder, tmp_path, capsys):
     (tmp_path / "texts.txt").write_text("a red circle\ntwo blue squares\n")
     out = tmp_path / "texts.safetensors"
     assert main(["embed", str(folder / "export"), "--texts", str(tmp_path / "texts.txt"), "--out", str(out)]) == 0
-    assert json.loads((tmp_path / "texts.json").read_text())["ids"] == ["a red circle", "two blue squares"]
+    assert json.loads((tmp_path / "texts.ids.json").read_text())["ids"] == ["a red circle", "two blue squares"]
     expected = encoder.encode_text(["a red circle", "two blue squares"])
     assert torch.allclose(load_file(out)["embeddings"], expected, atol=1e-6)
+
+
+def test_embed_replaces_no_file_and_writes_both_or_neither(folder, tmp_path, capsys, monkeypatch):
+    source, out = tmp_path / "s.json", tmp_path / "s.safetensors"
+    source.write_text("a red circle\n")
+    arguments = ["embed", str(folder / "export"), "--texts", str(source), "--out", str(out)]
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("mmd2v.embed.write_json", full)
+        assert main(arguments) == 2
+    assert "s.safetensors cannot be written: [Errno 28] No space left" in capsys.readouterr().err
+    assert [file.name for file in tmp_path.iterdir()] == ["s.json"]
+
+    assert main(arguments) == 0
+    assert source.read_text() == "a red circle\n"
+    written = out.read_bytes()
+    assert main(arguments) == 2
+    assert "s.safetensors exists; name a new file or remove it" in capsys.readouterr().err
+    assert out.read_bytes() == written
+    out.unlink()
+    assert main(arguments) == 2
+    assert "s.ids.json exists; name a new file or remove it" in capsys.readouterr().err
+    assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            ["eval", "retrieval", "none", "--shards", "none", "--device", "cpu", "--json", "{out}"],
+            "--json: {out} cannot",
+        ),
+        (
+            ["search", "none", "--images", "none", "--text", "a", "--picture", "{out}.png"],
+            "--picture: {out}.png cannot",
+        ),
+        (
+            ["search", "none", "--images", "none", "--text", "a", "--picture", "a.doc"],
+            "--picture: a.doc ends in '.doc'",
+        ),
+        (["data", "tokenizer", "none", "--out", "{out}"], "--out: {out} cannot"),
+    ],
+)
+def test_outputs_are_checked_before_anything_is_read(tmp_path, capsys, arguments, message):
+    (tmp_path / "file").touch()
+    out = str(tmp_path / "file" / "out")
+    assert main([argument.format(out=out) for argument in arguments]) == 2
+    assert message.format(out=out) in capsys.readouterr().err
 
 
 def test_embed_refuses_bad_input_and_leaves_nothing(folder, tmp_path, capsys):
     (tmp_path / "texts.txt").write_text("a red circle\n\ntwo\n")
     (tmp_path / "none.txt").touch()
+    texts = str(tmp_path / "good.txt")
+    (tmp_path / "good.txt").write_text("a red circle\n")
     out = tmp_path / "out" / "rows.safetensors"
     cases = [
         (["--out", str(out)], "either --images FOLDER or --texts FILE"),
         (["--out", "rows.npy", "--texts", "a"], "ends in .safetensors"),
+        (["--out", str(tmp_path / "none.txt" / "a.safetensors"), "--texts", texts], "none.txt is no folder"),
         (["--out", str(out), "--texts", str(tmp_path / "texts.txt")], "line 2 is empty"),
         (["--out", str(out), "--texts", str(tmp_path / "none.txt")], "is empty, expected a text a line"),
         (["--out", str(out), "--texts", str(tmp_path / "absent.txt")], "does not read"),

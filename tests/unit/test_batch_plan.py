@@ -59,6 +59,21 @@ def test_deepspeed_is_told_what_the_config_says():
     assert uses_optimizer_offload(config) and not uses_optimizer_offload(small_config())
 
 
+@pytest.mark.parametrize("offload", [None, {}, {"device": None}, {"device": "none"}])
+def test_no_offload_can_be_written_in_several_ways(offload):
+    options = {"zero_optimization": {"offload_optimizer": offload}}
+    config = small_config(engine__deepspeed=options)
+    assert not uses_optimizer_offload(config)
+    assert deepspeed_config(config, 1)["zero_optimization"]["stage"] == 1
+
+
+def test_sections_of_deepspeed_must_be_mappings():
+    with pytest.raises(UserError, match="offload_optimizer: found 'cpu'; expected null or a mapping"):
+        uses_optimizer_offload(small_config(engine__deepspeed={"zero_optimization": {"offload_optimizer": "cpu"}}))
+    with pytest.raises(UserError, match=r"engine\.deepspeed\.zero_optimization: found None; expected a mapping"):
+        deepspeed_config(small_config(engine__deepspeed={"zero_optimization": None}), 1)
+
+
 @pytest.mark.parametrize("precision", ["fp32", "bf16_autocast"])
 def test_no_precision_mode_of_deepspeed_for_full_weights(precision):
     options = deepspeed_config(small_config(engine__precision=precision), 1)

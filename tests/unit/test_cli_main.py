@@ -1,12 +1,15 @@
 """The dispatcher: fast help, nearest command, exit statuses."""
 
+import errno
+import os
 import subprocess
 import sys
 
 import pytest
+from safetensors import SafetensorError
 
 from mmd2v.cli import main as cli
-from mmd2v.errors import UserError
+from mmd2v.errors import ReportedByMainRank, UserError
 
 
 def test_help_lists_every_command_without_torch():
@@ -34,15 +37,58 @@ def test_version(capsys):
 
 
 @pytest.mark.parametrize(
-    ("error", "status", "text"), [(UserError("no"), 2, "error: no\n"), (KeyboardInterrupt(), 130, "")]
+    ("error", "status", "text"),
+    [
+        (UserError("no"), 2, "error: no\n"),
+        (ReportedByMainRank("no"), 2, ""),
+        (KeyboardInterrupt(), 130, ""),
+        (
+            OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "out.json"),
+            2,
+            "error: out.json: the disk is full or a quota is reached (No space left on device)\n",
+        ),
+        (PermissionError(errno.EACCES, "Permission denied", "out"), 2, "error: out: Permission denied\n"),
+        (SafetensorError("I/O error"), 2, "error: a safetensors file could not be read or written: I/O error\n"),
+    ],
 )
 def test_statuses(monkeypatch, capsys, error, status, text):
+    monkeypatch.setattr(cli, "GRACE_SECONDS", 0)
+
     def fail(argv: list[str]) -> int:
         raise error
 
     monkeypatch.setattr("mmd2v.cli.train.main", fail)
     assert cli.main(["train"]) == status
     assert capsys.readouterr().err == text
+
+
+def test_mistakes_of_ours_keep_their_traceback(monkeypatch):
+    def fail(argv: list[str]) -> int:
+        raise KeyError("forgotten")
+
+    monkeypatch.setattr("mmd2v.cli.train.main", fail)
+    with pytest.raises(KeyError):
+        cli.main(["train"])
+
+
+def test_another_rank_says_who_it_is(monkeypatch, capsys):
+    def fail(argv: list[str]) -> int:
+        raise UserError("no image here")
+
+    monkeypatch.setattr("mmd2v.cli.train.main", fail)
+    monkeypatch.setenv("RANK", "3")
+    assert cli.main(["train"]) == 2
+    assert capsys.readouterr().err == "error (rank 3): no image here\n"
+
+
+def test_config_error_is_told_by_one_rank_of_a_node(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(cli, "GRACE_SECONDS", 0)
+    monkeypatch.setenv("RANK", "1")
+    for local_rank, text in (("1", ""), ("0", "error (rank 1): command line: config file")):
+        monkeypatch.setenv("LOCAL_RANK", local_rank)
+        assert cli.main(["train", str(tmp_path / "absent.yaml")]) == 2
+        found = capsys.readouterr().err
+        assert found.startswith(text) if text else found == ""
 
 
 def test_launchers_extra_argument_is_ignored(monkeypatch):

@@ -1,4 +1,6 @@
 import io
+import struct
+import zlib
 
 import numpy as np
 import pytest
@@ -38,6 +40,27 @@ def test_decode_gives_rgb_for_every_mode(mode):
     Image.fromarray(picture(2)).convert(mode).save(data, "JPEG" if mode in ("L", "CMYK") else "PNG")
     decoded = decode_image(data.getvalue())
     assert decoded.shape == (3, 40, 48) and decoded.dtype == torch.uint8
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_decode_keeps_the_upper_eight_of_sixteen_bits(channels):
+    values = (picture(2).astype(np.uint16) << 8) + 77
+    decoded = decode_image(png16(values[..., :channels]))
+    assert decoded.dtype == torch.uint8
+    expected = picture(2)[..., :channels].repeat(3 // channels, axis=2)
+    assert np.array_equal(decoded.permute(1, 2, 0).numpy(), expected)
+    assert train_transform(decoded, ImageTransformConfig(size=16), seed=0, epoch=0, sample_id="a").dtype == torch.uint8
+
+
+def png16(pixels: np.ndarray) -> bytes:
+    """PNG of 16 bits a channel, which PIL cannot write in colour: uint16 [H, W, 1 or 3]."""
+    height, width, channels = pixels.shape
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in pixels)
+    header = struct.pack(">IIBBBBB", width, height, 16, 0 if channels == 1 else 2, 0, 0, 0)
+    chunks = ((b"IHDR", header), (b"IDAT", zlib.compress(rows)), (b"IEND", b""))
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data)) for kind, data in chunks
+    )
 
 
 def test_decode_turns_by_exif():

@@ -45,13 +45,15 @@ def test_preprocessing_is_that_of_evaluation(encoder, tmp_path):
         assert torch.allclose(encoder.encode_image([tmp_path / "a.jpg"]), encoder.student.encode_image(square[None]))
 
 
-def test_orientation_and_transparency_of_pil_images(encoder, tmp_path):
+def test_orientation_transparency_and_depth_of_pil_images(encoder, tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6
     photo(3).save(tmp_path / "turned.png", exif=exif)
     photo(3).convert("RGBA").save(tmp_path / "alpha.png")
     photo(3).convert("L").save(tmp_path / "grey.png")
-    for name in ("turned.png", "alpha.png", "grey.png"):
+    grey16 = np.asarray(photo(3).convert("L")).astype(np.uint16) << 8
+    Image.fromarray(grey16 + 200).save(tmp_path / "grey16.png")
+    for name in ("turned.png", "alpha.png", "grey.png", "grey16.png"):
         with Image.open(tmp_path / name) as opened:
             assert torch.equal(encoder.preprocess(opened), encoder.preprocess(tmp_path / name)), name
 

@@ -8,7 +8,7 @@ import torch
 
 from mmd2v.distributed.environment import World
 from mmd2v.errors import UserError
-from mmd2v.train.metrics import LossMeter, Reporter, Stopwatch, forget_after, read_metrics, short_name
+from mmd2v.train.metrics import LossMeter, Reporter, Stopwatch, forget_after, is_evaluated, read_metrics, short_name
 
 ALONE = World(0, 1, 0, torch.device("cpu"), "gloo")
 VALUES = {
@@ -94,6 +94,20 @@ def test_resumed_run_rewrites_what_came_after(tmp_path):
     forget_after(path, 2)
     assert path.read_text() == '{"step": 1}\n{"step": 2}\n'
     forget_after(tmp_path / "absent.jsonl", 2)
+
+
+def test_new_run_forgets_even_step_zero(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 0, "evaluation/i2t_R@1": 0.1}\n')
+    Reporter(tmp_path, ALONE, steps=10, first_step=0, tensorboard=False).close()
+    assert path.read_text() == ""
+
+
+def test_recorded_recall_is_found(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    assert not is_evaluated(path, 5)
+    path.write_text('{"step": 5, "loss": 1.0}\n{"step": 4, "evaluation/i2t_R@1": 0.1}\n')
+    assert not is_evaluated(path, 5) and is_evaluated(path, 4)
 
 
 def test_names_on_a_line_are_short():

@@ -1,13 +1,19 @@
 """The picture: right results outlined, long queries cut, any number of rows."""
 
+import io
+
+import numpy as np
 import pytest
 import torch
 from export_samples import photo
 from PIL import Image
 
+from mmd2v.errors import UserError
 from mmd2v.report.retrieval_picture import (
+    PICTURE_SUFFIXES,
     Found,
     PictureRow,
+    check_picture,
     draw_retrieval,
     retrieval_rows,
     write_retrieval_picture,
@@ -48,6 +54,38 @@ def test_queries_of_any_length_and_kind_fit(query):
     page = draw_retrieval([row(query, [True, False]), row("a short one", [False, False])])
     margin = page.crop((0, 0, 30, page.height))
     assert margin.getcolors() == [(margin.width * margin.height, (255, 255, 255))]
+
+
+def test_photos_stand_upright_and_sixteen_bits_keep_their_grey():
+    exif = Image.Exif()
+    exif[0x0112] = 6  # stored on its side
+    data = io.BytesIO()
+    photo(3).rotate(90, expand=True).save(data, "PNG", exif=exif)
+    turned = PictureRow("a", [Found(Image.open(data), 0.5)])
+    assert draw_retrieval([turned]).tobytes() == draw_retrieval([row_of(photo(3))]).tobytes()
+
+    grey = np.asarray(photo(3).convert("L"))
+    deep = Image.fromarray((grey.astype(np.uint16) << 8) + 9)
+    assert deep.mode == "I;16"
+    expected = draw_retrieval([row_of(Image.fromarray(grey))])
+    assert draw_retrieval([row_of(deep)]).tobytes() == expected.tobytes()
+
+
+def row_of(image: Image.Image) -> PictureRow:
+    return PictureRow("a", [Found(image, 0.5)])
+
+
+def test_the_name_of_a_picture_is_checked(tmp_path):
+    for suffix in PICTURE_SUFFIXES:
+        file = tmp_path / f"found{suffix}"
+        check_picture("--picture", file)
+        write_retrieval_picture(file, [row("a", [True])])
+        assert file.stat().st_size > 1000
+    check_picture("--picture", tmp_path / "FOUND.PNG")
+    with pytest.raises(UserError, match=r"^--picture: .*x\.pgn ends in '\.pgn', expected .* Did you mean '\.png'"):
+        check_picture("--picture", tmp_path / "x.pgn")
+    with pytest.raises(UserError, match=r"^--picture: .*found\.png is no folder"):
+        check_picture("--picture", tmp_path / "found.png" / "x.png")
 
 
 def test_a_picture_needs_a_row():

@@ -61,18 +61,21 @@ def main(argv: Sequence[str]) -> int:
 
 
 def recall_rows(run: Path, shards: ShardSet) -> dict[str, dict[str, float]]:
-    """Return name → recall. Raises UserError when the run measured none."""
-    records = [
-        {key.removeprefix(_PREFIX): value for key, value in record.items() if key.startswith(_PREFIX)}
+    """Return name → recall. Raises UserError unless the run measured its first and a later step."""
+    measured = {
+        record["step"]: {key.removeprefix(_PREFIX): value for key, value in record.items() if key.startswith(_PREFIX)}
         for record in read_metrics(run / METRICS_FILE)
-    ]
-    measured = [record for record in records if "i2t_R@1" in record]
-    if not measured:
-        raise UserError(f"{run / METRICS_FILE}: holds no recall; set data.eval and evaluation.at_start")
+        if f"{_PREFIX}i2t_R@1" in record
+    }
+    if 0 not in measured or len(measured) < 2:
+        raise UserError(
+            f"{run / METRICS_FILE}: recall at steps {sorted(measured)}, expected that of step 0 and of a later one; "
+            "set data.eval and evaluation.at_start"
+        )
     return {
         "chance": chance_row(measured[0]),
         "untrained student": measured[0],
-        "student": measured[-1],
+        "student": measured[max(measured)],
         "ceiling (true facts)": facts_ceiling(shards),
     }
 

@@ -17,6 +17,10 @@ class UserError(Exception):
     """
 
 
+_LIKENESS = 0.6  # of two names, from 0 to 1, below which a suggestion would be silly
+_MOST_NAMES = 30  # a longer list scrolls the message away
+
+
 class ReportedByMainRank(UserError):
     """The copy of a UserError that another rank tells the user: its own rank exits without a word."""
 
@@ -38,11 +42,15 @@ def disk_message(error: OSError) -> str:
 
 def nearest(name: str, valid: Iterable[str]) -> str:
     """Return ``" Did you mean 'x'?"`` for the closest of ``valid`` to ``name``, or an empty string."""
-    found = difflib.get_close_matches(name, list(valid), n=1, cutoff=0.5)
+    found = difflib.get_close_matches(name, list(valid), n=1, cutoff=_LIKENESS)
     return f" Did you mean '{found[0]}'?" if found else ""
 
 
 def unknown_name(what: str, name: str, valid: Iterable[str]) -> UserError:
-    """Build the error for a name that is not among ``valid``: lists the valid names and the nearest one."""
+    """Build the error for a name that is not among ``valid``: the nearest one, and all of them unless they are many."""
     valid = sorted(valid)
+    if len(valid) > _MOST_NAMES:
+        close = difflib.get_close_matches(name, valid, n=5, cutoff=_LIKENESS)
+        listing = f"{len(valid)} names are valid" + (f", close to it: {', '.join(close)}" if close else "")
+        return UserError(f"{what}: unknown name '{name}'.{nearest(name, valid)} {listing}.")
     return UserError(f"{what}: unknown name '{name}'.{nearest(name, valid)} Valid: {', '.join(valid)}.")

@@ -38,6 +38,9 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
     temporary = parent / path.name
     try:
         yield temporary
+        for file in [temporary] if temporary.is_file() else temporary.rglob("*"):
+            if file.is_file():
+                _readable(file)
         if temporary.is_file():
             with open(temporary, "rb") as handle:
                 os.fsync(handle.fileno())
@@ -127,3 +130,10 @@ def _is_alive(process: int) -> bool:
     except OSError:  # it is somebody else's
         return True
     return True
+
+
+def _readable(file: Path) -> None:
+    """Give a file the mode any new file has: some libraries write for the owner alone."""
+    umask = os.umask(0)
+    os.umask(umask)
+    file.chmod(0o666 & ~umask)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import difflib
 import os
 import re
 import types
@@ -152,6 +153,9 @@ def split_overrides(argv: Sequence[str], own_flags: Mapping[str, bool]) -> tuple
     while i < len(argv):
         flag, equals, _ = argv[i].partition("=")
         is_own = flag.replace("_", "-") in own_flags
+        slip = [] if is_own else difflib.get_close_matches(flag, own_flags, n=1, cutoff=0.8)
+        if slip and "." not in flag:  # no field of the config resembles one of these flags
+            raise UserError(f"{flag}: no such flag. Did you mean '{slip[0]}'?")
         takes_value = own_flags.get(flag.replace("_", "-"), True) and not equals
         target = own if is_own or not flag.startswith("--") else overrides
         target.append(argv[i])
@@ -300,6 +304,15 @@ def _models_at(annotation: Any, path: KeyPath, data: Any) -> list[type[BaseModel
     return []
 
 
+def _elsewhere(name: str) -> str:
+    """Return ``" Did you mean 'optimizer.lr'?"`` for a key that a section of the top level has, or nothing."""
+    for section in Config.model_fields:
+        for model in _models_at(Config, (section,), {}):
+            if name in model.model_fields:
+                return f" Did you mean '{section}.{name}'?"
+    return ""
+
+
 def _problem(error: Any, data: dict[str, Any], origin: Mapping[KeyPath, str], default: str) -> str:
     """One line for one of pydantic's errors: source, key path, what was found, what was expected."""
     kind, context = error["type"], error.get("ctx", {})
@@ -307,7 +320,8 @@ def _problem(error: Any, data: dict[str, Any], origin: Mapping[KeyPath, str], de
     prefix = f"{_origin_of(origin, path, default)}: {_render(path)}: "
     if kind == "extra_forbidden":
         valid = sorted({name for model in _models_at(Config, path[:-1], data) for name in model.model_fields})
-        return f"{prefix}unknown key.{nearest(str(path[-1]), valid)} Valid here: {', '.join(valid)}"
+        hint = nearest(str(path[-1]), valid) or _elsewhere(str(path[-1]))
+        return f"{prefix}unknown key.{hint} Valid here: {', '.join(valid)}"
     if kind == "missing":
         models = _models_at(Config, path[:-1], data)
         texts = [m.model_fields[str(path[-1])].description for m in models if str(path[-1]) in m.model_fields]

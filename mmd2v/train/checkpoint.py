@@ -394,8 +394,14 @@ def check_same_run(path: Path, found: Manifest, expected: Manifest) -> None:
     if found.parameters != expected.parameters:
         lines += _differences("objectives", found.objectives, expected.objectives)
         lines += _parameter_differences(found.parameters, expected.parameters)
-    if lines:
-        raise UserError(f"{path}: the checkpoint is of another run than this config:\n  " + "\n  ".join(lines))
+    if not lines:
+        return
+    if found.world_size != expected.world_size and len(lines) == 1:
+        raise UserError(
+            f"{path}: written by {found.world_size} ranks, resumed by {expected.world_size}; start it with "
+            f"{found.world_size}, for example: deepspeed --num_accelerators {found.world_size} --module mmd2v train …"
+        )
+    raise UserError(f"{path}: the checkpoint is of another run than this config:\n  " + "\n  ".join(lines))
 
 
 def _structure(section: Any) -> Any:

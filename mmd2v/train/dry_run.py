@@ -74,7 +74,7 @@ def _describe_batches(config: Config, plan: BatchPlan) -> str:
         images = dataset_size(config.data.train)
         lines.append(f"data.train: {images} images = {images / plan.global_batch:.1f} steps an epoch")
     except UserError as error:
-        lines.append(f"data.train: size unknown, so are the steps an epoch ({error})")
+        lines.append(f"data.train: size unknown, so are the steps an epoch ({error}); without it no run will start")
     if config.steps is None and images is None:
         lines.append(f"{config.epochs:g} epochs: total steps unknown")
         return "\n".join(lines)

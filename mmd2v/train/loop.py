@@ -33,7 +33,7 @@ from mmd2v.train.evaluation import check_evaluation, evaluate, recall_line
 from mmd2v.train.finite import check_weights
 from mmd2v.train.metrics import METRICS_FILE, LossMeter, Reporter, Stopwatch, is_evaluated, memory_gigabytes
 from mmd2v.train.parts import Parts, build_parts
-from mmd2v.train.run_dir import describe_run
+from mmd2v.train.run_dir import config_changes, describe_run
 from mmd2v.train.schedule import Schedule, build_schedule
 
 
@@ -83,12 +83,15 @@ class Run:
         branch: str | None = from_main_rank(lambda: set_aside_after(self.run_dir, self.first_step))
 
         self.checkpointer = Checkpointer(self.run_dir, config.checkpoint.keep, world)
-        if world.is_main:
+        changes = config_changes(self.run_dir, config) if start is not None and world.is_main else []
+        if world.is_main and self.step < self.steps:  # a finished run keeps the config it was trained with
             describe_run(self.run_dir, config, world, self.engine.description)
         self.reporter = Reporter(self.run_dir, world, self.steps, self.step, config.logging.tensorboard)
         self.meter, self.stopwatch = LossMeter(), Stopwatch()
         self._working, self._reported = 0.0, self.step
         self._announce(start, branch)
+        if changes:
+            self.reporter.say("changed since the run was started:\n  " + "\n  ".join(changes))
 
     def train(self) -> None:
         """Run from the present step to the last."""

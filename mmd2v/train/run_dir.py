@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 
 import mmd2v
 from mmd2v.config.load import dump_config
@@ -26,6 +27,23 @@ def describe_run(run_dir: Path, config: Config, world: World, optimizer: str) ->
     run_dir.mkdir(parents=True, exist_ok=True)
     write_text(run_dir / CONFIG_FILE, dump_config(config))
     write_json(run_dir / ENVIRONMENT_FILE, environment(world, optimizer))
+
+
+def config_changes(run_dir: Path, config: Config) -> list[str]:
+    """Return ``key: old → new`` for every value that differs from the config the run directory holds."""
+    path = run_dir / CONFIG_FILE
+    if not path.is_file():
+        return []
+    old, new = (_flat(yaml.safe_load(text)) for text in (path.read_text(encoding="utf-8"), dump_config(config)))
+    keys = [*old, *(key for key in new if key not in old)]
+    return [f"{key}: {old.get(key)} → {new.get(key)}" for key in keys if old.get(key) != new.get(key)]
+
+
+def _flat(value: Any, at: str = "") -> dict[str, Any]:
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else None
+    if items is None:
+        return {at: value}
+    return {k: v for key, item in items for k, v in _flat(item, f"{at}.{key}" if at else str(key)).items()}
 
 
 def environment(world: World, optimizer: str) -> dict[str, Any]:

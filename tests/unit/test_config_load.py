@@ -1,5 +1,7 @@
 """From YAML, overrides and environment to a config: every error names file or flag, key, found and expected."""
 
+from pathlib import Path
+
 import pytest
 import yaml
 from hypothesis import given, settings
@@ -203,3 +205,18 @@ def test_command_line_is_parted_into_own_arguments_and_overrides():
     assert own == ["c.yaml", "--resume", "auto", "--dry_run"]
     assert overrides == ["--engine.batch_size", "8", "--steps=3"]
     assert split_overrides(["--dry-run", "c.yaml"], flags) == (["--dry-run", "c.yaml"], [])
+
+
+def test_a_key_of_another_section_is_pointed_to(tmp_path):
+    config = Path(__file__).parents[2] / "configs" / "cpu" / "minimal.yaml"
+    with pytest.raises(UserError, match=r"unknown key\. Did you mean 'optimizer\.lr'"):
+        load_config(config, ["--lr", "3e-4"])
+
+
+def test_a_slip_in_a_flag_is_no_override():
+    with pytest.raises(UserError, match=r"--dryrun: no such flag\. Did you mean '--dry-run'"):
+        split_overrides(["a.yaml", "--dryrun"], {"--dry-run": False, "--resume": True})
+
+
+def test_the_smallest_config_is_valid():
+    assert load_config(Path(__file__).parents[2] / "configs" / "cpu" / "minimal.yaml").name == "minimal"

@@ -213,7 +213,7 @@ def test_set_without_samples(tmp_path):
         ShardSet(str(tmp_path))
 
 
-@pytest.mark.parametrize("sample_id", ["a.b.c", "val/x.y", "/root/x", "ünï côde", "a%2Eb", "../up", "x" * 200])
+@pytest.mark.parametrize("sample_id", ["a.b.c", "val/x.y", "/top/x", "ünï côde", "a%2Eb", "../up", "x" * 200])
 def test_keys_survive_webdataset(tmp_path, sample_id):
     with ShardFolder(tmp_path, 5) as folder:
         folder.write(sample_id, encoded(0), {"captions": ["a"]})

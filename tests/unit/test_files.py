@@ -101,3 +101,15 @@ def test_json_holds_finite_numbers_only(tmp_path, number):
     assert names(tmp_path) == []
     write_json(tmp_path / "a.json", {"final": {"losses": [1.0, 2]}, "name": "ü"})
     assert json.loads((tmp_path / "a.json").read_text(encoding="utf-8"))["name"] == "ü"
+
+
+def test_files_are_as_readable_as_any_new_file(tmp_path):
+    with atomic_path(tmp_path / "folder") as temporary:
+        temporary.mkdir()
+        (temporary / "inner").touch(mode=0o600)
+    with atomic_path(tmp_path / "file") as temporary:
+        temporary.touch(mode=0o600)
+    plain = tmp_path / "plain"
+    plain.write_text("")
+    for path in (tmp_path / "folder" / "inner", tmp_path / "file"):
+        assert path.stat().st_mode == plain.stat().st_mode

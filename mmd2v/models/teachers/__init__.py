@@ -59,6 +59,8 @@ def build_teachers(config: Config, device: torch.device, tokenizer: Tokenizer | 
 
 def _build(config: TeacherConfig, device: torch.device, where: str) -> Teacher:
     kind, _, rest = config.name.partition(":")
+    if not rest:
+        raise UserError(f"{where}: found '{config.name}', expected timm:NAME[@WEIGHTS], hf:NAME or mmd2v:FOLDER")
     if kind not in TEACHERS:
         raise unknown_name(where, kind, TEACHERS)
     teacher = TEACHERS[kind](rest, config, where)

@@ -173,8 +173,8 @@ def test_blocks_of_another_width_are_refused(shared):
             model__heads=12,
             model__layers=[{"kind": "separate", "init": {"text": {"source": f"hf:{folder}", "first": 6}}}],
         )
-    with pytest.raises(UserError, match=r"unknown name 'hg'\. Did you mean 'hf'"):
-        build(model__layers=[{"kind": "separate", "init": {"text": {"source": "hg:x"}}}])
+    with pytest.raises(UserError, match=r"unknown name 'mmd2'\. Did you mean 'mmd2v'"):
+        build(model__layers=[{"kind": "separate", "init": {"text": {"source": "mmd2:x"}}}])
 
 
 def test_token_drop_leaves_tokens_out_in_training_only():

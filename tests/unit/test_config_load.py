@@ -181,7 +181,7 @@ NESTED = st.recursive(VALUE, lambda inner: st.lists(inner, max_size=3) | st.dict
 @given(
     name=TEXT,
     lr=st.floats(min_value=1e-12, max_value=1e3),
-    betas=st.tuples(st.floats(0, 1), st.floats(0, 1)),
+    betas=st.tuples(st.floats(0, 1, exclude_max=True), st.floats(0, 1, exclude_max=True)),
     options=st.dictionaries(TEXT, NESTED, max_size=4),
     shards=TEXT | st.lists(TEXT, min_size=1, max_size=3),
 )

@@ -16,7 +16,7 @@ export DS_ACCELERATOR=cpu
 
 begin=$SECONDS
 say "1/6  a world of scenes, as WebDataset shards"
-once "$DEMO_DIR/shards/train" mmd2v data synth --out "$DEMO_DIR/shards/train" --split train --count 30000 --size 64 --seed 0
+once "$DEMO_DIR/shards/train" mmd2v data synth --out "$DEMO_DIR/shards/train" --split train --count 22000 --size 64 --seed 0
 once "$DEMO_DIR/shards/test" mmd2v data synth --out "$DEMO_DIR/shards/test" --split test --count 1000 --size 64 --seed 1
 
 say "2/6  a tokenizer from its captions"

@@ -5,17 +5,19 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from mmd2v.errors import UserError
+from mmd2v.data.damage import Damage, DamageKind
 
 
 def parse_meta(data: bytes, where: str) -> dict[str, Any]:
-    """Decode a sample's JSON object, or raise a UserError that starts with ``where``."""
+    """Decode a sample's JSON object, or raise a `Damage` that starts with ``where``."""
     try:
         meta = json.loads(data)
-    except ValueError as error:
-        raise UserError(f"{where}: its .json does not parse: {error}") from None
+    except UnicodeDecodeError as error:
+        raise Damage(DamageKind.BAD_ENCODING, f"{where}: its .json is not UTF-8: {error}") from None
+    except (ValueError, RecursionError) as error:
+        raise Damage(DamageKind.BAD_META, f"{where}: its .json does not parse: {error}") from None
     if not isinstance(meta, dict):
-        raise UserError(f"{where}: its .json holds a {type(meta).__name__}, expected an object with 'captions'")
+        raise Damage(DamageKind.BAD_META, f"{where}: its .json holds a {type(meta).__name__}, expected an object")
     return meta
 
 
@@ -23,7 +25,7 @@ def meta_captions(meta: dict[str, Any], where: str) -> tuple[str, ...]:
     """Take the captions out of a sample's JSON object (``captions``: a list, or ``caption``: a list or one string)."""
     captions = meta.get("captions", meta.get("caption"))
     if captions is None:
-        raise UserError(f"{where}: its .json has neither 'captions' nor 'caption', found {sorted(meta)}")
+        raise Damage(DamageKind.NO_CAPTION, f"{where}: its .json has neither 'captions' nor 'caption', found {sorted(meta)}")
     return check_captions([captions] if isinstance(captions, str) else captions, where)
 
 
@@ -32,7 +34,7 @@ def text_captions(data: bytes, where: str) -> tuple[str, ...]:
     try:
         lines = data.decode("utf-8").splitlines()
     except UnicodeDecodeError as error:
-        raise UserError(f"{where}: its captions are not UTF-8: {error}") from None
+        raise Damage(DamageKind.BAD_ENCODING, f"{where}: its captions are not UTF-8: {error}") from None
     return check_captions([line for line in lines if line.strip()], where)
 
 
@@ -40,15 +42,28 @@ def check_captions(captions: Any, where: str) -> tuple[str, ...]:
     """Return the captions without surrounding white space.
 
     Raises:
-        UserError: not a list, no caption at all, or one that is empty or no string; starts with ``where``.
+        Damage: not a list, no caption at all, or one that is empty or no string; starts with ``where``.
     """
     if not isinstance(captions, (list, tuple)):
-        raise UserError(f"{where}: found captions of type {type(captions).__name__}, expected a list of strings")
+        found = f"found captions of type {type(captions).__name__}"
+        raise Damage(DamageKind.BAD_META, f"{where}: {found}, expected a list of strings")
     if not captions:
-        raise UserError(f"{where}: no caption, expected at least one")
+        raise Damage(DamageKind.NO_CAPTION, f"{where}: no caption, expected at least one")
     for number, caption in enumerate(captions):
         if not isinstance(caption, str):
-            raise UserError(f"{where}: caption {number} is a {type(caption).__name__}, expected a string")
+            found = f"caption {number} is a {type(caption).__name__}"
+            raise Damage(DamageKind.BAD_META, f"{where}: {found}, expected a string")
         if not caption.strip():
-            raise UserError(f"{where}: caption {number} is empty")
+            raise Damage(DamageKind.NO_CAPTION, f"{where}: caption {number} is empty")
+        if not _is_unicode(caption):
+            raise Damage(DamageKind.BAD_ENCODING, f"{where}: caption {number} holds half a character (a lone surrogate)")
     return tuple(caption.strip() for caption in captions)
+
+
+def _is_unicode(text: str) -> bool:
+    """Whether ``text`` can be written as UTF-8: JSON's escapes can name halves of characters."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True

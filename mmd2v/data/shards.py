@@ -24,6 +24,7 @@ import braceexpand
 import numpy as np
 
 from mmd2v.data.captions import meta_captions, parse_meta, text_captions
+from mmd2v.data.damage import Damage, DamageKind
 from mmd2v.errors import UserError, nearest
 from mmd2v.files import write_text
 
@@ -222,12 +223,12 @@ class ShardIndex:
             handle: an open file descriptor of the shard.
 
         Raises:
-            UserError: a member is absent or cut off, or the captions are missing or empty; names shard and sample.
+            Damage: a member is absent or cut off, or the captions are missing or empty; names shard and sample.
         """
         where = self.where(row)
         spans = self.spans[row]
         if spans[_IMAGE, 0] < 0:
-            raise UserError(f"{where}: no image member (expected one of .{', .'.join(IMAGE_SUFFIXES)})")
+            raise Damage(DamageKind.NO_IMAGE, f"{where}: no image member (expected one of .{', .'.join(IMAGE_SUFFIXES)})")
         source = self._caption_column(row)
         # The members of a sample are neighbours: one read fetches both.
         first = int(min(spans[_IMAGE, 0], spans[source, 0]))
@@ -248,20 +249,20 @@ class ShardIndex:
         for column in (_META, _TEXT):
             if self.spans[row, column, 0] >= 0:
                 return column
-        raise UserError(f"{self.where(row)}: no .json and no .txt member with its captions")
+        raise Damage(DamageKind.NO_CAPTION, f"{self.where(row)}: no .json and no .txt member with its captions")
 
 
 def _read_span(handle: int, offset: int, size: int, where: str) -> memoryview:
-    """Read bytes of an open file into a writable buffer, or raise a UserError when it ends before."""
+    """Read bytes of an open file into a writable buffer, or raise a `Damage` when it ends before."""
     data = memoryview(bytearray(size))
     done = 0
     while done < size:
         try:
             count = os.preadv(handle, [data[done:]], offset + done)
         except OSError as error:
-            raise UserError(f"{where}: cannot be read: {error.strerror}") from None
+            raise Damage(DamageKind.SHARD_UNREADABLE, f"{where}: cannot be read: {error.strerror}") from None
         if count == 0:
-            raise UserError(f"{where}: the shard ends inside this sample")
+            raise Damage(DamageKind.SHARD_TRUNCATED, f"{where}: the shard ends inside this sample")
         done += count
     return data
 

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import struct
+from collections.abc import Iterator
 
 import numpy as np
 
@@ -20,6 +22,12 @@ def words(count: int, *key: str | int) -> np.ndarray:
 def uniforms(count: int, *key: str | int) -> np.ndarray:
     """float64 [count], uniform in [0, 1)."""
     return (words(count, *key) >> np.uint64(11)) * 2.0**-53
+
+
+def lazy_uniforms(count: int, *key: str | int) -> Iterator[float]:
+    """The numbers of `uniforms` one by one, for the few that a single sample needs: numpy costs more than they do."""
+    digest = hashlib.shake_128(json.dumps(key).encode()).digest(8 * count)
+    return ((word >> 11) * 2.0**-53 for word in struct.unpack(f"<{count}Q", digest))
 
 
 def permutation(count: int, *key: str | int) -> np.ndarray:

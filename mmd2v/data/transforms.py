@@ -14,8 +14,8 @@ from torchvision.io import ImageReadMode
 from torchvision.io import decode_image as _decode
 
 from mmd2v.config.schema import ImageTransformConfig
-from mmd2v.data.draws import uniforms
-from mmd2v.errors import UserError
+from mmd2v.data.damage import Damage, DamageKind
+from mmd2v.data.draws import lazy_uniforms
 
 _CROP_TRIES = 10  # as torchvision's RandomResizedCrop
 
@@ -28,16 +28,16 @@ def decode_image(data: bytes | bytearray | memoryview, where: str = "image") -> 
         the upper eight.
 
     Raises:
-        UserError: the bytes do not decode; starts with ``where``.
+        Damage: the bytes do not decode; starts with ``where``.
     """
     if len(data) == 0:
-        raise UserError(f"{where}: the image is empty (0 bytes)")
+        raise Damage(DamageKind.IMAGE_UNDECODABLE, f"{where}: the image is empty (0 bytes)")
     writable = data if isinstance(data, memoryview) and not data.readonly else bytearray(data)
     try:
         image = _decode(torch.frombuffer(writable, dtype=torch.uint8), ImageReadMode.RGB, apply_exif_orientation=True)
     except (RuntimeError, ValueError) as error:
         reason = str(error).splitlines()[0][:200]
-        raise UserError(f"{where}: the image does not decode: {reason}") from None
+        raise Damage(DamageKind.IMAGE_UNDECODABLE, f"{where}: the image does not decode: {reason}") from None
     if image.dtype == torch.uint16:  # torch shifts no uint16
         image = (image.to(torch.int32) >> 8).to(torch.uint8)
     return image[0] if image.ndim == 4 else image
@@ -62,13 +62,14 @@ def random_crop(
     ``crop_ratio``, ten tries, then the largest centred box of an allowed ratio. A scale of (1, 1) keeps the image
     whole.
     """
-    flip, down, across, *tries = uniforms(3 + 2 * _CROP_TRIES, "crop and flip", seed, epoch, sample_id).tolist()
+    draws = lazy_uniforms(3 + 2 * _CROP_TRIES, "crop and flip", seed, epoch, sample_id)
+    flip, down, across = next(draws), next(draws), next(draws)
     flips = flip < config.flip
     if config.crop_scale == (1.0, 1.0):
         return Crop(0, 0, height, width, flips)
     low, high = config.crop_scale
     log_low, log_high = map(math.log, config.crop_ratio)
-    for area_draw, ratio_draw in zip(tries[::2], tries[1::2], strict=True):
+    for area_draw, ratio_draw in zip(draws, draws, strict=True):  # two at a time
         area = height * width * (low + (high - low) * area_draw)
         ratio = math.exp(log_low + (log_high - log_low) * ratio_draw)
         w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
@@ -86,7 +87,10 @@ def resize(image: torch.Tensor, height: int, width: int, interpolation: str) -> 
         return image
     # torchvision's own resize goes through float for bilinear on some processors; torch's uint8 kernel never does,
     # and is fastest on the layout that decoding gives (channels last), which a crop breaks.
-    rows = image[None].contiguous(memory_format=torch.channels_last)
+    rows = image.permute(1, 2, 0).contiguous().permute(2, 0, 1)
+    # A dimension added by index has the stride of the channels, from which torch concludes that the image is not
+    # channels last, and takes a kernel that needs half as long again.
+    rows = rows.as_strided((1, *rows.shape), (rows.numel(), *rows.stride()))
     return functional.interpolate(rows, (height, width), mode=interpolation, antialias=True)[0]
 
 

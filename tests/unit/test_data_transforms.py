@@ -169,6 +169,14 @@ def test_resize_is_antialiased():
     assert (small.int() - 128).abs().max() <= 4
 
 
+@pytest.mark.parametrize("box", [(0, 0, 200, 300), (9, 0, 180, 300), (9, 7, 180, 260)])
+def test_resize_takes_the_fast_path_for_every_crop(box):
+    top, left, height, width = box
+    decoded = decode_image(encoded(1, width=300, height=200))
+    small = resize(decoded[:, top : top + height, left : left + width], 64, 48, "bicubic")
+    assert small.stride() == (1, 3 * 48, 3)  # torch's slower kernel gives another layout
+
+
 def test_shrink_keeps_the_aspect_and_never_enlarges():
     assert shrink(image(0, 300, 200), 100).shape == (3, 100, 150)
     small = image(0, 30, 20)

@@ -76,11 +76,39 @@ class ShardsConfig(Section):
     limit: PositiveInt | None = Field(None, description="use only the first N images of the set")
 
 
+class SourceConfig(Section):
+    """How shards that are not local files come to this node: addresses of any fsspec file system, and ``pipe:``."""
+
+    access: Literal["cache", "range"] = Field(
+        "cache",
+        description="cache: a shard is brought whole into a folder that all processes of the node share; range: samples "
+        "are read from where they are, which needs the index `mmd2v data pack` writes beside a shard",
+    )
+    cache_dir: str | None = Field(
+        None, description="folder of the cache, on a local disk; none: $MMD2V_CACHE, else one in the temporary folder"
+    )
+    cache_gb: Positive = Field(50.0, description="most the cache may hold, in GB (10⁹ bytes) a node")
+    retries: NonNegativeInt = Field(5, description="further attempts at what failed")
+    retry_delay: Positive = Field(
+        1.0, description="pause before the first retry, in seconds; doubled each time up to a minute, ±50 % by chance"
+    )
+    timeout: Positive = Field(60.0, description="seconds without a byte after which an attempt is given up")
+    prefetch: NonNegativeInt = Field(
+        4, description="shards each loader process fetches ahead at the same time; 0: only what is needed at once"
+    )
+    storage_options: dict[str, Any] = Field(
+        default_factory=dict, description="arguments of the fsspec file system, such as {anon: true} for S3"
+    )
+
+
 class DataConfig(Section):
     """Where samples come from and how a batch is made of them."""
 
     train: ShardsConfig = Field(description="training set")
     eval: ShardsConfig | None = Field(None, description="held-out set for recall; none: no recall in training")
+    source: SourceConfig = Field(
+        default_factory=SourceConfig, description="how shards that are not local files are fetched"
+    )
     image: ImageTransformConfig = Field(
         default_factory=ImageTransformConfig, description="what happens to an image before the student sees it"
     )

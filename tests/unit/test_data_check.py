@@ -1,11 +1,10 @@
-import json
 import shutil
 
 import pytest
-from data_samples import encoded, make_shards, write_json, write_tar
+from data_samples import encoded, make_shards, write_tar
 
 from mmd2v.data.check import check_shards
-from mmd2v.data.shards import INDEX_SUFFIX
+from mmd2v.data.shards import ShardIndex
 from mmd2v.errors import UserError
 
 
@@ -64,10 +63,9 @@ def test_damaged_and_replaced_shards(shards):
 
 
 def test_wrong_index(shards):
-    index = shards / f"shard-000000.tar{INDEX_SUFFIX}"
-    record = json.loads(index.read_text())
-    record["samples"][0][1] += 512
-    write_json(index, record)
+    index = ShardIndex.open(str(shards / "shard-000000.tar"))
+    index.spans[0, 0, 0] += 512
+    index.write()
     assert any("does not describe the shard" in problem for problem in check_shards(str(shards)).problems)
 
 

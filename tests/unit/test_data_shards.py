@@ -5,6 +5,7 @@ import pytest
 import webdataset
 from data_samples import captions_of, encoded, leftovers, make_shards, write_json, write_tar
 
+from mmd2v.data.damage import Damage
 from mmd2v.data.shards import INDEX_SUFFIX, ShardIndex, ShardSet, expand_shards
 from mmd2v.data.writer import ShardFolder, sample_key
 from mmd2v.errors import UserError
@@ -189,10 +190,11 @@ def test_damaged_tars(shards):
 
 def test_index_of_another_shard(shards):
     path = str(shards / "shard-000000.tar")
-    for content in ("[]", '{"version": 2}', '{"version": 1, "bytes": 1}', "nonsense"):
-        with open(path + INDEX_SUFFIX, "w") as handle:
+    whole = (shards / f"shard-000000.tar{INDEX_SUFFIX}").read_bytes()
+    for content in (b"", b"nonsense", whole[:-1], whole.replace(b"index_1", b"index_2")):
+        with open(path + INDEX_SUFFIX, "wb") as handle:
             handle.write(content)
-        with pytest.raises(UserError, match="idx\\.json"):
+        with pytest.raises(Damage, match=r"\.tar\.idx: not a shard index of this version"):
             ShardIndex.open(path)
 
 

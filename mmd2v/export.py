@@ -11,7 +11,7 @@ from pathlib import Path
 from safetensors.torch import save_file
 
 from mmd2v.config.load import dump_config, load_config
-from mmd2v.config.schema import AnyEncoder, Config
+from mmd2v.config.schema import AnyEncoder, Config, SourceConfig, TrainSetConfig
 from mmd2v.data.tokenizers import Tokenizer, load_tokenizer
 from mmd2v.errors import UserError, nearest
 from mmd2v.files import atomic_path, write_text
@@ -98,7 +98,9 @@ def _portable_config(config: Config, tokenizer: Tokenizer | None, folder: Path) 
     """Put the tokenizer and the encoders' configurations into ``folder`` and point the config there."""
     data = config.data.model_copy(
         update={
-            "train": config.data.train.model_copy(update={"shards": _data_name(config.data.train.shards)}),
+            "train": _portable_train(config.data.train),
+            "source": SourceConfig(),  # storage options may hold keys
+            "trace": None,
             "eval": config.data.eval
             and config.data.eval.model_copy(update={"shards": _data_name(config.data.eval.shards)}),
         }
@@ -121,6 +123,13 @@ def _portable_config(config: Config, tokenizer: Tokenizer | None, folder: Path) 
     }
     model = config.model.model_copy(update={"encoders": encoders, "layers": layers})
     return config.model_copy(update={"run_dir": config.name, "data": data, "model": model, "teachers": teachers})
+
+
+def _portable_train(train: TrainSetConfig) -> TrainSetConfig:
+    """Name the data without the folders of this machine."""
+    shards = None if train.shards is None else _data_name(train.shards)
+    sets = {k: one.model_copy(update={"shards": _data_name(one.shards)}) for k, one in train.sets.items()}
+    return train.model_copy(update={"shards": shards, "sets": sets})
 
 
 def _portable_encoder(name: str, encoder: AnyEncoder, folder: Path) -> AnyEncoder:

@@ -3,13 +3,14 @@
 They import nothing of mmd2v.
 """
 
-from mmd2v_kernels.contrastive import contrastive
+from mmd2v_kernels.contrastive import ContrastiveWeights, contrastive
 from mmd2v_kernels.cosine_topk import cosine_topk
 from mmd2v_kernels.distill_target import distill_target
 from mmd2v_kernels.expert_mlp import Expert, expert_mlp
 from mmd2v_kernels.rank_count import RankCounts, count_ahead, rank_count
 
 __all__ = [
+    "ContrastiveWeights",
     "Expert",
     "RankCounts",
     "contrastive",

@@ -62,4 +62,6 @@ def total_steps(config: Config, plan: BatchPlan, dataset_size: int | None) -> in
     if dataset_size is None:
         raise UserError("epochs: the number of steps follows from the size of data.train, which is not known")
     assert config.epochs is not None  # the schema wants exactly one of the two
+    if config.data.last_batch == "drop":
+        dataset_size = dataset_size // plan.global_batch * plan.global_batch
     return max(1, math.ceil(config.epochs * dataset_size / plan.global_batch))

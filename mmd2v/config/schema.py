@@ -76,12 +76,62 @@ class ShardsConfig(Section):
     limit: PositiveInt | None = Field(None, description="use only the first N images of the set")
 
 
+class MixedSetConfig(ShardsConfig):
+    """One data set of a mixture."""
+
+    weight: Positive = Field(1.0, description="its share of the samples under `mix: weighted`, relative to the others")
+
+
+class TrainSetConfig(Section):
+    """What is trained on: one data set (`shards`), or several (`sets`)."""
+
+    shards: str | list[str] | None = Field(
+        None, description="a folder of .tar files, a path with {000..007} braces or wildcards, or a list of these"
+    )
+    limit: PositiveInt | None = Field(None, description="use only the first N images of `shards`")
+    sets: dict[str, MixedSetConfig] = Field(default_factory=dict, description="name → data set, instead of `shards`")
+    mix: Literal["weighted", "round_robin"] = Field(
+        "weighted",
+        description="of several sets: `weighted` draws every sample by the sets' weights; `round_robin` takes one "
+        "whole batch of each set in turn",
+    )
+
+    @model_validator(mode="after")
+    def _one_way(self) -> TrainSetConfig:
+        if (self.shards is None) == (not self.sets):
+            raise ValueError("give exactly one of `shards` (one data set) and `sets` (several)")
+        if self.sets and self.limit is not None:
+            raise ValueError("limit: belongs to `shards`; under `sets` every set has its own")
+        return self
+
+    @property
+    def named_sets(self) -> dict[str, ShardsConfig]:
+        """Name → data set; one that stands alone has no name."""
+        if self.shards is not None:
+            return {"": ShardsConfig(shards=self.shards, limit=self.limit)}
+        return dict(self.sets)
+
+
+class DamageConfig(Section):
+    """What is done about damaged samples in training; evaluation always stops at the first."""
+
+    limit: Fraction = Field(
+        1e-3,
+        description="largest share of the data set's samples that may be damaged before the run stops: they keep their "
+        "slots with weight 0 and are reported; 0 stops at the first",
+    )
+    max_pixels: PositiveInt = Field(
+        100_000_000, description="images of more pixels count as damaged (decompression bombs)"
+    )
+    max_caption_length: PositiveInt = Field(100_000, description="captions of more characters count as damaged")
+
+
 class SourceConfig(Section):
     """How shards that are not local files come to this node: addresses of any fsspec file system, and ``pipe:``."""
 
     access: Literal["cache", "range"] = Field(
         "cache",
-        description="cache: a shard is brought whole into a folder that all processes of the node share; range: samples "
+        description="cache: a shard is brought whole into a folder all processes of the node share; range: samples "
         "are read from where they are, which needs the index `mmd2v data pack` writes beside a shard",
     )
     cache_dir: str | None = Field(
@@ -104,7 +154,7 @@ class SourceConfig(Section):
 class DataConfig(Section):
     """Where samples come from and how a batch is made of them."""
 
-    train: ShardsConfig = Field(description="training set")
+    train: TrainSetConfig = Field(description="training set, or a mixture of several")
     eval: ShardsConfig | None = Field(None, description="held-out set for recall; none: no recall in training")
     source: SourceConfig = Field(
         default_factory=SourceConfig, description="how shards that are not local files are fetched"
@@ -120,8 +170,34 @@ class DataConfig(Section):
         None, description="key in a sample's JSON that holds a vector of floats, for the `attributes` objective"
     )
     shuffle_shards: PositiveInt = Field(16, description="shards whose samples are shuffled together")
+    lanes: PositiveInt = Field(
+        1,
+        description="parts of an epoch that are read side by side; with one (or a few) a node, a node reads only its "
+        "own shards. Part of the order: keep it when the number of ranks changes. Must divide engine.batch_size",
+    )
+    last_batch: Literal["wrap", "drop"] = Field(
+        "wrap",
+        description="samples that fill no whole batch at the end of an epoch: `wrap` fills it from the next epoch, "
+        "`drop` leaves them out (others every epoch)",
+    )
+    damage: DamageConfig = Field(default_factory=DamageConfig, description="what is done about damaged samples")
+    trace: str | None = Field(
+        None, description="file that receives the sample ids every rank consumed, as FILE.rank0.jsonl and so on"
+    )
+    stall_warning: Positive = Field(
+        60.0, description="seconds without a batch after which the worker and shard waited for are named"
+    )
+    stall_timeout: Positive | None = Field(
+        1800.0, description="seconds without a batch after which the run stops with that name; none: never"
+    )
     workers: NonNegativeInt = Field(1, description="loader processes a rank; 0 loads in the training process")
     prefetch: PositiveInt = Field(4, description="finished batches each worker keeps ready")
+
+    @model_validator(mode="after")
+    def _droppable(self) -> DataConfig:
+        if self.last_batch == "drop" and self.train.sets and self.train.mix == "weighted":
+            raise ValueError("last_batch: 'drop' needs batches of one data set; use 'wrap' under `mix: weighted`")
+        return self
 
 
 # -------------------------------------------------------------------------------------------- model
@@ -457,6 +533,12 @@ class Config(Section):
         if needs_text and self.data.tokenizer is None:
             raise ValueError("data.tokenizer: missing, but model.encoders has a text modality")
         return self
+
+    @property
+    def uses_images(self) -> bool:
+        """Whether the student or a teacher sees images."""
+        inputs = [encoder.input for encoder in self.model.encoders.values()]
+        return "image" in inputs or any(teacher.modality == "image" for teacher in self.teachers.values())
 
     def _check_teacher(self, name: str, where: str) -> None:
         kind, _, modality = name.partition(":")

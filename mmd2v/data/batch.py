@@ -5,9 +5,13 @@ Shapes: B images, N captions, S text tokens of all captions together, H W pixels
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
+from typing import Any
 
 import torch
+
+from mmd2v.data.damage import DamagedSample
 
 
 @dataclass(frozen=True)
@@ -15,7 +19,7 @@ class Batch:
     """One rank's share of a step. Text is packed: no padding on the wire."""
 
     images: torch.Tensor
-    """uint8 [B, 3, H, W], RGB, not normalised."""
+    """uint8 [B, 3, H, W], RGB, not normalised; [B, 3, 0, 0] where only text is trained."""
     text_ids: torch.Tensor
     """int32 [S], the ids of all captions end to end."""
     text_lengths: torch.Tensor
@@ -23,9 +27,15 @@ class Batch:
     caption_image: torch.Tensor
     """int64 [N], row of `images` that each caption describes."""
     sample_ids: tuple[str, ...] = field(default=())
-    """B stable ids."""
+    """B stable ids; ``SET/ID`` in a mixture."""
     labels: torch.Tensor | None = None
     """float32 [B, A], when the config names a label key."""
+    weights: torch.Tensor | None = None
+    """float32 [B], 0 for a damaged sample, else 1; None where damage stops the run, so that all are 1."""
+    damaged: tuple[DamagedSample, ...] = field(default=())
+    """What was wrong with the samples of weight 0."""
+    teacher_outputs: dict[str, torch.Tensor] = field(default_factory=dict)
+    """Teacher → its stored outputs [B or N, …], where they are replayed."""
 
     def __len__(self) -> int:
         return self.images.shape[0]
@@ -39,6 +49,25 @@ class Batch:
         moved = self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
         return replace(moved, text_lengths=self.text_lengths)
 
-    def _map(self, function) -> Batch:
-        tensors = {f.name: getattr(self, f.name) for f in fields(self)}
-        return replace(self, **{k: function(v) for k, v in tensors.items() if isinstance(v, torch.Tensor)})
+    def record_stream(self, stream: torch.cuda.Stream) -> None:
+        """Tell the allocator that ``stream`` uses this batch's memory."""
+
+        def record(tensor: torch.Tensor) -> torch.Tensor:
+            if tensor.is_cuda:
+                tensor.record_stream(stream)
+            return tensor
+
+        self._map(record)
+
+    @property
+    def caption_weights(self) -> torch.Tensor | None:
+        """float32 [N], the weight of each caption's image."""
+        return None if self.weights is None else self.weights[self.caption_image]
+
+    def _map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> Batch:
+        def mapped(value: Any) -> Any:
+            if isinstance(value, torch.Tensor):
+                return function(value)
+            return {k: function(v) for k, v in value.items()} if isinstance(value, dict) else value
+
+        return replace(self, **{f.name: mapped(getattr(self, f.name)) for f in fields(self)})

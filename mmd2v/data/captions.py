@@ -25,7 +25,8 @@ def meta_captions(meta: dict[str, Any], where: str) -> tuple[str, ...]:
     """Take the captions out of a sample's JSON object (``captions``: a list, or ``caption``: a list or one string)."""
     captions = meta.get("captions", meta.get("caption"))
     if captions is None:
-        raise Damage(DamageKind.NO_CAPTION, f"{where}: its .json has neither 'captions' nor 'caption', found {sorted(meta)}")
+        found = f"its .json has neither 'captions' nor 'caption', found {sorted(meta)}"
+        raise Damage(DamageKind.NO_CAPTION, f"{where}: {found}")
     return check_captions([captions] if isinstance(captions, str) else captions, where)
 
 
@@ -56,7 +57,8 @@ def check_captions(captions: Any, where: str) -> tuple[str, ...]:
         if not caption.strip():
             raise Damage(DamageKind.NO_CAPTION, f"{where}: caption {number} is empty")
         if not _is_unicode(caption):
-            raise Damage(DamageKind.BAD_ENCODING, f"{where}: caption {number} holds half a character (a lone surrogate)")
+            found = f"caption {number} holds half a character (a lone surrogate)"
+            raise Damage(DamageKind.BAD_ENCODING, f"{where}: {found}")
     return tuple(caption.strip() for caption in captions)
 
 

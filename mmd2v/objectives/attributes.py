@@ -17,7 +17,7 @@ from mmd2v.data.batch import Batch
 from mmd2v.errors import UserError
 from mmd2v.models.student import Student, StudentOutput
 from mmd2v.models.teachers import Targets, Teacher
-from mmd2v.objectives.base import Objective
+from mmd2v.objectives.base import Objective, weighted_mean
 
 
 class Attributes(Objective):
@@ -40,4 +40,5 @@ class Attributes(Objective):
             found = "none" if batch.labels is None else batch.labels.shape[1]
             raise UserError(f"{self.where}.classes: samples carry {found} labels, expected {self.config.classes}")
         logits_BA = self.head(output.pooled[self.config.modality]).float() + self.offset
-        return {"attributes_loss": F.binary_cross_entropy_with_logits(logits_BA, batch.labels)}
+        loss_BA = F.binary_cross_entropy_with_logits(logits_BA, batch.labels, reduction="none")
+        return {"attributes_loss": weighted_mean(loss_BA, batch.weights)}

@@ -26,3 +26,15 @@ class Objective(nn.Module):
     def metrics(self) -> dict[str, torch.Tensor]:
         """Return named scalars to log beside the losses."""
         return {}
+
+
+def weighted_mean(loss_BX: torch.Tensor, weights_B: torch.Tensor | None) -> torch.Tensor:
+    """Return the mean of ``loss_BX`` [B, …], with rows of weight 0 adding nothing.
+
+    The mean divides by all rows, whatever their weights: the sum over ranks is the same however the rows lie on them.
+    """
+    if weights_B is None:
+        return loss_BX.mean()
+    # Not a product: what stands in for a damaged sample may have a loss that is not finite.
+    shape = (-1,) + (1,) * (loss_BX.ndim - 1)
+    return loss_BX.masked_fill(weights_B.view(shape) == 0, 0).mean()

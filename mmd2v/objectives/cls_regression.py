@@ -16,7 +16,7 @@ from mmd2v.data.batch import Batch
 from mmd2v.errors import UserError
 from mmd2v.models.student import Student, StudentOutput
 from mmd2v.models.teachers import Targets, Teacher
-from mmd2v.objectives.base import Objective
+from mmd2v.objectives.base import Objective, weighted_mean
 
 
 class CLSRegression(Objective):
@@ -54,9 +54,12 @@ class CLSRegression(Objective):
         for modality in self.config.modalities:
             head = self.heads["shared" if self.config.shared_head else modality]
             prediction = head(output.pooled[modality]).float()
-            losses[f"cls_regression_loss/{modality}"] = self._distance(
-                *_align(prediction, target_BC, self.inputs[modality], self.teacher_modality, batch)
-            )
+            kind = self.inputs[modality]
+            pairs = _align(prediction, target_BC, kind, self.teacher_modality, batch)
+            # Rows are captions as soon as one of the two sides is text.
+            is_text = "text" in (kind, self.teacher_modality)
+            loss = weighted_mean(self._distance(*pairs), batch.caption_weights if is_text else batch.weights)
+            losses[f"cls_regression_loss/{modality}"] = loss
         return losses
 
     def _target(self, output: StudentOutput, targets: Mapping[str, Targets]) -> torch.Tensor:
@@ -66,11 +69,12 @@ class CLSRegression(Objective):
         return F.normalize(target_BC, dim=-1) if self.config.normalize == "l2" else target_BC
 
     def _distance(self, prediction_NC: torch.Tensor, target_NC: torch.Tensor) -> torch.Tensor:
+        """[N, C], or [N] of the cosine."""
         if self.config.loss == "mse":
-            return F.mse_loss(prediction_NC, target_NC)
+            return F.mse_loss(prediction_NC, target_NC, reduction="none")
         if self.config.loss == "smooth_l1":
-            return F.smooth_l1_loss(prediction_NC, target_NC)
-        return 1 - F.cosine_similarity(prediction_NC, target_NC).mean()
+            return F.smooth_l1_loss(prediction_NC, target_NC, reduction="none")
+        return 1 - F.cosine_similarity(prediction_NC, target_NC)
 
 
 def _align(

@@ -16,7 +16,7 @@ from mmd2v.errors import UserError
 from mmd2v.models.student import Student, StudentOutput
 from mmd2v.models.teachers import Targets, Teacher
 from mmd2v.objectives.base import Objective
-from mmd2v_kernels import contrastive
+from mmd2v_kernels import ContrastiveWeights, contrastive
 
 _LARGEST_LOG_SCALE = math.log(100)
 
@@ -74,9 +74,18 @@ class Contrastive(Objective):
             offset,
             self.scale(),
             self.config.label_smoothing,
+            _weights(batch),
         )
         return {"contrastive_loss": loss}
 
     def metrics(self) -> dict[str, torch.Tensor]:
         """Return the temperature's inverse."""
         return {"contrastive_scale": self.scale().detach()}
+
+
+def _weights(batch: Batch) -> ContrastiveWeights | None:
+    """A damaged sample is neither query nor negative, on any rank."""
+    image_b, text_n = batch.weights, batch.caption_weights
+    if image_b is None or text_n is None:
+        return None
+    return ContrastiveWeights(image_b, text_n, all_gather_with_gradient(image_b), all_gather_with_gradient(text_n))

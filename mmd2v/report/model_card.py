@@ -99,7 +99,8 @@ def _layer(group: LayerConfig) -> str:
 
 
 def _training(config: Config, training: Training) -> str:
-    lines = [f"- Data: {_data(config.data.train)}"]
+    sets = config.data.train.named_sets
+    lines = [f"- Data: {name + ': ' if name else ''}{_data(one)}" for name, one in sets.items()]
     if training.step is not None:
         lines.append(f"- {training.step:,} steps of {config.engine.batch_size:,} images")
     if training.samples is not None:

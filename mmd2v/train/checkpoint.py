@@ -93,6 +93,12 @@ def _stream(config: Config, images: int) -> dict[str, Any]:
     return {
         "seed": config.seed,
         "data.train (images)": images,
+        # With another order, a resumed epoch would repeat some samples and miss others.
+        "data.shuffle_shards": config.data.shuffle_shards,
+        "data.lanes": config.data.lanes,
+        "data.last_batch": config.data.last_batch,
+        "data.train.mix": config.data.train.mix if config.data.train.sets else None,
+        **{f"data.train.sets.{name}.weight": one.weight for name, one in config.data.train.sets.items()},
         "data.image.size": config.data.image.size,
         **{
             f"data.tokenizer.{key}": getattr(tokenizer, key) if tokenizer else None

@@ -71,7 +71,7 @@ def _describe_batches(config: Config, plan: BatchPlan) -> str:
     lines = [str(plan)]
     images = None
     try:
-        images = dataset_size(config.data.train)
+        images = dataset_size(config.data.train, config.data.source)
         lines.append(f"data.train: {images} images = {images / plan.global_batch:.1f} steps an epoch")
     except UserError as error:
         lines.append(f"data.train: size unknown, so are the steps an epoch ({error}); without it no run will start")

@@ -14,7 +14,10 @@ import torch
 from mmd2v.config.batch_plan import BatchPlan, plan_batches, total_steps
 from mmd2v.config.schema import Config
 from mmd2v.data.batch import Batch
-from mmd2v.data.stream import dataset_size, train_loader
+from mmd2v.data.device import DeviceCopy
+from mmd2v.data.loader import Loader
+from mmd2v.data.stream import damage_allowed, dataset_size, train_loader
+from mmd2v.data.trace import Trace
 from mmd2v.distributed import environment
 from mmd2v.distributed.buffers import average_buffers
 from mmd2v.distributed.coordination import from_main_rank, on_every_rank
@@ -28,6 +31,7 @@ from mmd2v.train.checkpoint import (
     restore_replaced,
     set_aside_after,
 )
+from mmd2v.train.damage import DamageWatch
 from mmd2v.train.engine import Engine
 from mmd2v.train.evaluation import check_evaluation, evaluate, recall_line
 from mmd2v.train.finite import check_weights
@@ -55,7 +59,7 @@ def train(config: Config, resume: str | None = None) -> None:
         raise
     finally:
         if run is not None:
-            run.reporter.close()
+            run.close()
 
 
 class Run:
@@ -66,7 +70,7 @@ class Run:
         self.run_dir = Path(config.run_dir)
         # What is wrong with a config should come out before anything is loaded or written.
         self.plan: BatchPlan = from_main_rank(lambda: plan_batches(config, world.size))
-        self.dataset_size: int = from_main_rank(lambda: dataset_size(config.data.train))
+        self.dataset_size: int = from_main_rank(lambda: dataset_size(config.data.train, config.data.source))
         self.steps = total_steps(config, self.plan, self.dataset_size)
         self.schedule: Schedule = from_main_rank(lambda: build_schedule(config.optimizer, self.steps))
         from_main_rank(lambda: restore_replaced(self.run_dir))
@@ -88,6 +92,9 @@ class Run:
             describe_run(self.run_dir, config, world, self.engine.description)
         self.reporter = Reporter(self.run_dir, world, self.steps, self.step, config.logging.tensorboard)
         self.meter, self.stopwatch = LossMeter(), Stopwatch()
+        self.damage = DamageWatch(self.run_dir, world, damage_allowed(config.data, self.dataset_size))
+        self.trace = Trace(config.data.trace, world.rank, self.step) if config.data.trace else None
+        self.copy = DeviceCopy(world.device)
         self._working, self._reported = 0.0, self.step
         self._announce(start, branch)
         if changes:
@@ -96,7 +103,8 @@ class Run:
     def train(self) -> None:
         """Run from the present step to the last."""
         config, every = self.config, self.config.logging.every
-        batches = iter(self._loader())
+        self.loader = self._loader()
+        batches = iter(self.loader)
         self.engine.module.train()
 
         # Before the first step: recall of the untrained model, if asked for.
@@ -142,7 +150,10 @@ class Run:
             asked = time.perf_counter()
             batch = next(batches)
             self.stopwatch.waited(time.perf_counter() - asked)
-            batch = batch.to(self.world.device)
+            self.damage.add(batch.damaged)
+            if self.trace is not None:
+                self.trace.write(self.step, micro_step, batch.sample_ids)
+            batch = self.copy(batch)
 
             # A function of the position alone: a resumed run draws the same dropout without any stored state.
             torch.manual_seed(position_seed(self.config.seed, self.step, micro_step, self.world.rank))
@@ -152,7 +163,13 @@ class Run:
             self.engine.step()
             self.meter.add(losses)
 
-    def _loader(self):
+    def close(self) -> None:
+        """Finish the files."""
+        self.reporter.close()
+        if self.trace is not None:
+            self.trace.close()
+
+    def _loader(self) -> Loader:
         return train_loader(
             self.config.data,
             seed=self.config.seed,
@@ -162,6 +179,7 @@ class Run:
             micro_batch_size=self.plan.micro_batch,
             accumulation=self.plan.accumulation,
             start_index=self.sample_index,
+            images=self.config.uses_images,
         )
 
     def _report(self) -> None:
@@ -174,7 +192,7 @@ class Run:
         values |= self.engine.followed()
         values |= {
             "learning_rate": self.engine.learning_rate,
-            "epoch": self.sample_index / self.dataset_size,
+            **self.loader.epochs(self.sample_index),
             "throughput(samples/s)": interval * self.plan.global_batch / seconds,
             "time/step(s)": seconds / interval,
             "time/data(%)": 100 * self.stopwatch.waiting / seconds,
@@ -183,6 +201,8 @@ class Run:
         }
         self.reporter.record(self.step, values)
         self.reporter.training_line(self.step, values)
+        if told := self.damage.report(self.step):
+            self.reporter.say(told)
         self._reported = self.step
         self.meter.reset()
         self.stopwatch.reset()

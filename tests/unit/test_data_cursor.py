@@ -111,3 +111,84 @@ def test_uniforms_are_in_the_half_open_interval(seed, name):
     values = uniforms(100, name, seed)
     assert values.min() >= 0 and values.max() < 1
     assert 0.3 < values.mean() < 0.7
+
+
+# ------------------------------------------------------------------------------------ lanes, last batch
+
+layouts = st.tuples(st.integers(1, 4), st.integers(1, 5)).map(lambda pair: (pair[0], pair[0] * pair[1]))  # lanes, batch
+
+
+@settings(max_examples=60)
+@given(counts, st.integers(0, 99), st.integers(1, 5), layouts, st.integers(0, 2))
+def test_every_sample_once_an_epoch_in_any_number_of_lanes(counts, seed, window, layout, epoch):
+    lanes, batch = layout
+    cursor = Cursor(np.array(counts), seed=seed, window=window, lanes=lanes, batch=batch)
+    indices = range(epoch * cursor.epoch_length, (epoch + 1) * cursor.epoch_length)
+    expected = [(shard, row) for shard, count in enumerate(counts) for row in range(count)]
+    assert sorted(cursor[index][1:3] for index in indices) == expected
+    # Any window may have been forgotten meanwhile.
+    for index in indices[:: max(1, len(indices) // 7)]:
+        assert cursor[index] == Cursor(np.array(counts), seed=seed, window=window, lanes=lanes, batch=batch)[index]
+
+
+@settings(max_examples=40)
+@given(counts, st.integers(0, 99), layouts)
+def test_dropping_leaves_whole_batches_of_distinct_samples(counts, seed, layout):
+    lanes, batch = layout
+    if sum(counts) < batch:
+        with pytest.raises(UserError, match=r"data\.last_batch: drop leaves nothing"):
+            Cursor(np.array(counts), seed=seed, window=2, lanes=lanes, batch=batch, drop_last=True)
+        return
+    cursor = Cursor(np.array(counts), seed=seed, window=2, lanes=lanes, batch=batch, drop_last=True)
+    assert cursor.epoch_length == sum(counts) // batch * batch
+    for epoch in range(2):
+        places = [cursor[epoch * cursor.epoch_length + i] for i in range(cursor.epoch_length)]
+        assert {place.epoch for place in places} == {epoch}
+        assert len({place[1:3] for place in places}) == len(places)
+
+
+def test_other_samples_are_dropped_in_other_epochs():
+    cursor = Cursor(np.array([7]), seed=0, window=1, batch=4, drop_last=True)
+    epochs = [frozenset(cursor[4 * epoch + i].row for i in range(4)) for epoch in range(20)]
+    assert len(set(epochs)) > 5
+
+
+def test_a_rank_reads_the_shards_of_its_lanes_alone():
+    # 64 shards of 100 samples, 4 ranks with a lane each: a rank meets its quarter of the shards and no other.
+    cursor = Cursor(np.full(64, 100), seed=5, window=4, lanes=4, batch=32, spread=8)
+    shards = [set() for _ in range(4)]
+    for rank in range(4):
+        share = micro_batches(start_index=0, rank=rank, world_size=4, micro_batch_size=8)
+        for _ in range(6400 // 32):
+            shards[rank] |= {cursor[index].shard for index in next(share)}
+    assert [len(found) for found in shards] == [16] * 4
+    assert set.union(*shards) == set(range(64))
+    # With one lane, every rank meets every shard.
+    alone = Cursor(np.full(64, 100), seed=5, window=4, batch=32)
+    share = micro_batches(start_index=0, rank=0, world_size=4, micro_batch_size=8)
+    assert len({alone[index].shard for _ in range(200) for index in next(share)}) == 64
+
+
+def test_one_lane_keeps_the_order_that_running_trainings_have():
+    cursor = Cursor(np.array([3, 0, 2, 4]), seed=7, window=2)
+    assert [cursor[index][1:3] for index in range(9)] == PINNED
+
+
+PINNED = [(3, 2), (0, 2), (0, 0), (3, 3), (3, 1), (0, 1), (3, 0), (2, 1), (2, 0)]
+
+
+def test_upcoming_shards_begin_with_the_present_window():
+    cursor = Cursor(np.full(12, 10), seed=2, window=3, lanes=2, batch=8)
+    for index in range(0, 120, 7):
+        upcoming = cursor.upcoming_shards(index, 6)
+        assert cursor[index].shard in upcoming[:3]
+        assert len(upcoming) <= 6
+    # All that a lane reads later is announced before it is read.
+    lane = [index for index in range(120) if index % 8 < 4]
+    seen = [cursor[index].shard for index in lane]
+    assert set(seen[:30]) <= set(cursor.upcoming_shards(lane[0], 3))
+
+
+def test_lanes_must_divide_the_batch():
+    with pytest.raises(UserError, match=r"data\.lanes: 3 does not divide engine\.batch_size 8; nearest .* 2"):
+        Cursor(np.array([9]), seed=0, window=1, lanes=3, batch=8)

@@ -10,8 +10,9 @@ from data_samples import captions_of, encoded, make_shards, write_tar
 
 from mmd2v.config.schema import DataConfig, ShardsConfig, TokenizerConfig
 from mmd2v.data.batch import Batch
+from mmd2v.data.collate import chosen_captions
 from mmd2v.data.shards import RawSample
-from mmd2v.data.stream import chosen_captions, dataset_size, eval_loader, train_loader
+from mmd2v.data.stream import dataset_size, eval_loader, train_loader
 from mmd2v.data.tokenizers import load_tokenizer, train_tokenizer
 from mmd2v.errors import UserError
 

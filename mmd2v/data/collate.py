@@ -1,0 +1,214 @@
+"""Samples' bytes → pixels and tokens → `Batch`.
+
+Shapes: B images, N captions, S tokens, A labels, H W pixels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from mmd2v.config.schema import DataConfig
+from mmd2v.data.batch import Batch
+from mmd2v.data.cursor import Position
+from mmd2v.data.damage import Damage, DamagedSample, DamageKind
+from mmd2v.data.draws import permutation
+from mmd2v.data.image_header import image_size
+from mmd2v.data.shards import RawSample
+from mmd2v.data.tokenizers import Tokenizer
+from mmd2v.data.transforms import decode_image, eval_transform, train_transform
+from mmd2v.data.watch import Stage, WorkerStates
+
+
+class FetchedSample(NamedTuple):
+    """A sample's bytes, or what is wrong with them, and where they come from."""
+
+    place: Position
+    shard: str
+    """Path of its shard."""
+    set: str
+    """Name of its data set in a mixture, else empty."""
+    raw: RawSample | Damage
+
+
+def chosen_captions(sample: RawSample, count: int, *, seed: int, epoch: int) -> list[str]:
+    """The ``count`` captions of a sample for an epoch: its permuted captions, continued from epoch to epoch.
+
+    Every caption has its turn, and none comes twice in an epoch as long as there are ``count`` of them.
+    """
+    total = len(sample.captions)
+    order = permutation(total, "order of captions", seed, sample.id)
+    return [sample.captions[order[(epoch * count + place) % total]] for place in range(count)]
+
+
+class TrainView:
+    """What training makes of a sample: a random crop and some of its captions."""
+
+    def __init__(self, config: DataConfig, seed: int) -> None:
+        self.config, self.seed = config, seed
+
+    def image(self, raw: RawSample, epoch: int) -> torch.Tensor:
+        """uint8 [3, S, S]."""
+        decoded = decode_image(raw.image, raw.where)
+        return train_transform(decoded, self.config.image, seed=self.seed, epoch=epoch, sample_id=raw.id)
+
+    def captions(self, raw: RawSample, epoch: int) -> Sequence[str]:
+        """``captions_per_image`` of the sample's captions."""
+        return chosen_captions(raw, self.config.captions_per_image, seed=self.seed, epoch=epoch)
+
+    @property
+    def no_captions(self) -> Sequence[str]:
+        """What stands in for the captions of a damaged sample."""
+        return [""] * self.config.captions_per_image
+
+
+class EvalView:
+    """What evaluation makes of a sample: the fixed crop and all captions."""
+
+    def __init__(self, config: DataConfig) -> None:
+        self.config = config
+
+    def image(self, raw: RawSample, epoch: int) -> torch.Tensor:
+        """uint8 [3, S, S]."""
+        return eval_transform(decode_image(raw.image, raw.where), self.config.image)
+
+    def captions(self, raw: RawSample, epoch: int) -> Sequence[str]:
+        """All captions, in their order."""
+        return raw.captions
+
+    no_captions: Sequence[str] = ("",)
+
+
+@dataclass
+class Collate:
+    """Third stage of a pipeline."""
+
+    view: TrainView | EvalView
+    tokenizer: Tokenizer | None
+    labels: str | None
+    images: bool = True
+    """Whether images are decoded; without, the batch's are [B, 3, 0, 0]."""
+    tolerant: bool = False
+    """Give damaged samples weight 0 instead of raising."""
+    states: WorkerStates | None = None
+
+    def __post_init__(self) -> None:
+        self._label_width: int | None = None
+
+    def __call__(self, source: Iterator[list[FetchedSample]]) -> Iterator[Batch]:
+        """Turn each list of samples into a batch."""
+        for samples in source:
+            yield self.batch(samples)
+            self._enter(Stage.WAITING)
+
+    def batch(self, samples: Sequence[FetchedSample]) -> Batch:
+        """Make one batch. Its images lie in memory as they are decoded, channels last.
+
+        Raises:
+            Damage: of the first damaged sample, unless ``tolerant``.
+        """
+        size = self.view.config.image.size if self.images else 0
+        images = torch.empty((len(samples), 3, size, size), dtype=torch.uint8, memory_format=torch.channels_last)
+        texts: list[str] = []
+        owners: list[int] = []
+        labels: list[list[float] | None] = []
+        damaged: dict[int, DamagedSample] = {}
+        for row, sample in enumerate(samples):
+            self._enter(Stage.DECODING, sample.place)
+            try:
+                captions, label = self._fill(images, row, sample)
+            except Damage as damage:
+                if not self.tolerant:
+                    raise
+                damaged[row] = DamagedSample(damage.kind, sample.shard, str(damage))
+                images[row] = 0
+                captions, label = self.view.no_captions, None
+            labels.append(label)
+            if self.tokenizer is not None:
+                texts += captions
+                owners += [row] * len(captions)
+        self._enter(Stage.TOKENIZING)
+        empty = np.zeros(0, np.int32)
+        ids_S, lengths_N = (empty, empty) if self.tokenizer is None else self.tokenizer.encode_batch(texts)
+        weights = None
+        if self.tolerant:
+            weights = torch.ones(len(samples))
+            weights[list(damaged)] = 0
+        return Batch(
+            images=images,
+            text_ids=torch.from_numpy(ids_S),
+            text_lengths=torch.from_numpy(lengths_N),
+            caption_image=torch.tensor(owners, dtype=torch.int64),
+            sample_ids=tuple(_name(sample, row in damaged) for row, sample in enumerate(samples)),
+            labels=None if self.labels is None else self._label_matrix(labels),
+            weights=weights,
+            damaged=tuple(damaged.values()),
+        )
+
+    def _fill(self, images: torch.Tensor, row: int, sample: FetchedSample) -> tuple[Sequence[str], list[float] | None]:
+        """Put a sample's pixels into their row; return its captions and labels."""
+        raw = sample.raw
+        if isinstance(raw, Damage):
+            raise raw
+        captions = self.view.captions(raw, sample.place.epoch) if self.tokenizer is not None else ()
+        longest = self.view.config.damage.max_caption_length
+        for caption in captions:
+            if len(caption) > longest:
+                raise Damage(
+                    DamageKind.CAPTION_TOO_LONG,
+                    f"{raw.where}: found a caption of {len(caption):,} characters, expected at most {longest:,} "
+                    "(data.damage.max_caption_length)",
+                )
+        label = None if self.labels is None else self._label(raw, self.labels)
+        if self.images:
+            self._check_size(raw)
+            images[row] = self.view.image(raw, sample.place.epoch)
+        return captions, label
+
+    def _check_size(self, raw: RawSample) -> None:
+        """Refuse a decompression bomb by its header, before any of its pixels has been made."""
+        size = image_size(raw.image)
+        limit = self.view.config.damage.max_pixels
+        if size is not None and size[0] * size[1] > limit:
+            raise Damage(
+                DamageKind.IMAGE_TOO_LARGE,
+                f"{raw.where}: found an image of {size[1]:,} × {size[0]:,} pixels, expected at most {limit:,} pixels "
+                "(data.damage.max_pixels)",
+            )
+
+    def _label(self, raw: RawSample, key: str) -> list[float]:
+        value = raw.meta.get(key)
+        if not isinstance(value, list) or not all(isinstance(x, (int, float)) for x in value):
+            found = f"a {type(value).__name__}" if key in raw.meta else f"only {sorted(raw.meta)}"
+            raise Damage(
+                DamageKind.BAD_LABELS,
+                f"{raw.where}: data.labels names '{key}', expected a list of numbers, found {found}",
+            )
+        if self._label_width is None:
+            self._label_width = len(value)
+        if len(value) != self._label_width:
+            raise Damage(
+                DamageKind.BAD_LABELS,
+                f"{raw.where}: '{key}' has {len(value)} numbers, other samples have {self._label_width}",
+            )
+        return value
+
+    def _label_matrix(self, rows: Sequence[list[float] | None]) -> torch.Tensor:
+        """float32 [B, A], zeros for damaged samples."""
+        nothing = [0.0] * (self._label_width or 0)
+        return torch.tensor([nothing if row is None else row for row in rows], dtype=torch.float32)
+
+    def _enter(self, stage: Stage, place: Position | None = None) -> None:
+        if self.states is not None:
+            self.states.enter(stage, *((place.set, place.shard) if place is not None else ()))
+
+
+def _name(sample: FetchedSample, damaged: bool) -> str:
+    """The id of a sample, ``SET/ID`` in a mixture; of a damaged one its place, as its id may be what is damaged."""
+    raw = sample.raw
+    own = f"{sample.shard}#{sample.place.row}" if damaged or isinstance(raw, Damage) else raw.id
+    return f"{sample.set}/{own}" if sample.set else own

@@ -1,0 +1,143 @@
+"""Loader processes around a pipeline of batches: errors without traceback, and never a silent stall."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch.utils.data import DataLoader, get_worker_info
+from webdataset import DataPipeline
+
+from mmd2v.config.schema import DataConfig
+from mmd2v.data.batch import Batch
+from mmd2v.data.mixture import TrainOrder
+from mmd2v.data.watch import Watchdog, WorkerStates
+from mmd2v.errors import UserError
+
+
+@dataclass(frozen=True)
+class _Failure:
+    """A UserError on its way out of a worker: torch would wrap the exception itself in a traceback."""
+
+    message: str
+
+
+def report_errors(source: Iterator[Batch]) -> Iterator[Batch | _Failure]:
+    """Last stage of a pipeline: a UserError becomes an item, which the training process raises again."""
+    try:
+        yield from source
+    except UserError as error:
+        yield _Failure(str(error))
+
+
+def worker_share() -> tuple[int, int]:
+    """(this worker, number of workers); (0, 1) in the training process."""
+    info = get_worker_info()
+    return (info.id, info.num_workers) if info is not None else (0, 1)
+
+
+class Loader:
+    """Batches of one rank; every ``iter`` starts over. A UserError from a worker is raised here as it is.
+
+    Attributes:
+        batches: how many batches an iteration gives; None without end.
+    """
+
+    def __init__(
+        self,
+        pipeline: DataPipeline,
+        config: DataConfig,
+        batches: int | None,
+        *,
+        states: WorkerStates | None = None,
+        shard_name: Callable[[int, int], str] = lambda set_, shard: f"shard {shard}",
+        order: TrainOrder | None = None,
+        rank: int = 0,
+        pin_memory: bool | None = None,
+    ) -> None:
+        """Wrap a pipeline of `Batch` in loader processes.
+
+        Args:
+            pipeline: ends in `report_errors`.
+            config: the data section of a run.
+            batches: how many batches an iteration gives; None without end.
+            states: what the pipeline's stages report to.
+            shard_name: (set, shard) → path, for messages.
+            order: of a training stream.
+            rank: this rank, for messages.
+            pin_memory: pin the batches; None: when there is a CUDA device.
+        """
+        self.batches = batches
+        # The tokenizers library must not start threads in forked loader processes.
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+        self._workers = config.workers if batches is None else min(config.workers, batches)
+        self._states = states or WorkerStates(self._workers)
+        self._shard_name, self._rank = shard_name, rank
+        self._order = order
+        self._stall_warning = config.stall_warning
+        self._loader: DataLoader = DataLoader(
+            pipeline,
+            batch_size=None,
+            num_workers=self._workers,
+            prefetch_factor=config.prefetch if self._workers else None,
+            pin_memory=torch.cuda.is_available() if pin_memory is None else pin_memory,
+            worker_init_fn=_start_worker,
+            timeout=config.stall_timeout or 0 if self._workers else 0,
+        )
+
+    def __iter__(self) -> Iterator[Batch]:
+        given = 0
+
+        def awaited() -> str:
+            worker = given % max(1, self._workers)  # batches are handed out in turn
+            return f"rank {self._rank}'s {self._states.describe(worker, self._shard_name)}"
+
+        with Watchdog(self._stall_warning, awaited) as watchdog:
+            batches = iter(self._loader)
+            while True:
+                watchdog.expect()
+                try:
+                    item = next(batches)
+                except StopIteration:
+                    return
+                except RuntimeError as error:
+                    raise _explained(error, awaited()) from error
+                finally:
+                    watchdog.arrived()
+                if isinstance(item, _Failure):
+                    raise UserError(item.message)
+                given += 1
+                yield item
+
+    def epochs(self, index: int) -> dict[str, float]:
+        """Passes over the data before a global sample index: ``epoch``, or ``epoch/SET`` for every set of a mixture."""
+        passes = self._order.epochs(index) if self._order is not None else {}
+        return {f"epoch/{name}" if name else "epoch": number for name, number in passes.items()}
+
+    def __len__(self) -> int:
+        """Batches of a finite loader."""
+        if self.batches is None:
+            raise TypeError("a training loader has no length: it never ends")
+        return self.batches
+
+
+def _explained(error: RuntimeError, awaited: str) -> Exception:
+    """Return what the user should read of an error of torch's DataLoader."""
+    if "timed out" in str(error):
+        return UserError(f"data.stall_timeout: no batch in that time; waited for {awaited}")
+    if "DataLoader worker" in str(error):
+        return UserError(
+            f"a loader process died ({str(error).splitlines()[0]}): most often the machine ran out of memory or of "
+            f"shared memory (/dev/shm); lower data.workers or data.prefetch. Waited for {awaited}"
+        )
+    return error
+
+
+def _start_worker(worker: int) -> None:
+    # One process a core: more threads in each would only fight.
+    torch.set_num_threads(1)
+    # Ctrl-C goes to the whole group; the training process answers it and ends its workers.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)

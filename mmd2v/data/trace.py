@@ -1,0 +1,42 @@
+"""Which samples every rank consumed, step by step: proof that none was repeated or lost."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from mmd2v.files import write_text
+
+
+class Trace:
+    """Appends one JSON line a micro-batch to ``FILE.rankR.jsonl``: ``{"step", "micro_step", "ids"}``.
+
+    A run that goes back to a step forgets what it had written from there on.
+    """
+
+    def __init__(self, file: str | Path, rank: int, first_step: int) -> None:
+        """Open this rank's file; lines of ``first_step`` and later are removed."""
+        self.path = Path(f"{file}.rank{rank}.jsonl")
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        if self.path.exists():
+            kept = [line for line in self.path.read_text(encoding="utf-8").splitlines() if _step(line) < first_step]
+            write_text(self.path, "".join(line + "\n" for line in kept))
+        self._handle = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 - lives as long as the run
+
+    def write(self, step: int, micro_step: int, ids: Sequence[str]) -> None:
+        """Record one micro-batch."""
+        self._handle.write(json.dumps({"step": step, "micro_step": micro_step, "ids": list(ids)}) + "\n")
+        self._handle.flush()
+
+    def close(self) -> None:
+        """Close the file."""
+        self._handle.close()
+
+
+def _step(line: str) -> float:
+    """Step of a line; infinity for one that a killed run left unfinished."""
+    try:
+        return int(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return float("inf")

@@ -1,0 +1,99 @@
+"""Never a silent stall: what every loader worker is doing, and a thread that says so when no batch comes."""
+
+from __future__ import annotations
+
+import sys
+import threading
+import time
+from collections.abc import Callable
+from enum import IntEnum
+
+import torch
+from torch.utils.data import get_worker_info
+
+
+class Stage(IntEnum):
+    """What a worker is busy with."""
+
+    STARTING = 0
+    READING = 1
+    DECODING = 2
+    TOKENIZING = 3
+    WAITING = 4
+    """Its batches are finished and not yet asked for."""
+
+
+_WORDS = {
+    Stage.STARTING: "starting",
+    Stage.READING: "reading",
+    Stage.DECODING: "decoding a sample of",
+    Stage.TOKENIZING: "tokenising a batch that ends in",
+    Stage.WAITING: "waiting to be asked",
+}
+
+
+class WorkerStates:
+    """One row of shared memory a worker: stage, data set, shard, time of the last change. Written without locks."""
+
+    def __init__(self, workers: int) -> None:
+        """``workers`` is at least 1: the training process counts as worker 0 where there is no other."""
+        self._rows = torch.zeros(max(1, workers), 4, dtype=torch.float64).share_memory_()
+        self._rows[:, 3] = time.monotonic()
+
+    def enter(self, stage: Stage, set_: int = -1, shard: int = -1) -> None:
+        """Say what this worker begins; -1 keeps the set and shard of before."""
+        info = get_worker_info()
+        row = self._rows[info.id if info is not None else 0]
+        row[0] = stage
+        if shard >= 0:
+            row[1], row[2] = set_, shard
+        # CLOCK_MONOTONIC is one clock for all processes of a machine.
+        row[3] = time.monotonic()
+
+    def describe(self, worker: int, name: Callable[[int, int], str]) -> str:
+        """``worker 2, which has been reading SHARD for 61 s``; ``name`` maps (set, shard) to a path."""
+        stage, set_, shard, since = self._rows[worker].tolist()
+        what = _WORDS[Stage(int(stage))]
+        where = f" {name(int(set_), int(shard))}" if int(stage) not in (Stage.STARTING, Stage.WAITING) else ""
+        return f"worker {worker}, which has been {what}{where} for {time.monotonic() - since:.0f} s"
+
+
+class Watchdog:
+    """Warns while somebody waits for longer than ``seconds``. Use as a context manager and `expect` / `arrived`."""
+
+    def __init__(self, seconds: float, describe: Callable[[], str]) -> None:
+        """``describe`` says, when asked, what is being waited for."""
+        self.seconds = seconds
+        self._describe = describe
+        self._since: float | None = None
+        self._end = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="mmd2v-watchdog", daemon=True)
+
+    def __enter__(self) -> Watchdog:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._end.set()
+        self._thread.join()
+
+    def expect(self) -> None:
+        """Begin to wait."""
+        self._since = time.monotonic()
+
+    def arrived(self) -> None:
+        """End the wait."""
+        self._since = None
+
+    def _watch(self) -> None:
+        told = 0
+        tick = min(1.0, self.seconds / 4)
+        while not self._end.wait(tick):
+            since = self._since
+            if since is None:
+                told = 0
+                continue
+            waited = time.monotonic() - since
+            if waited >= (told + 1) * self.seconds:
+                told = int(waited / self.seconds)
+                print(f"no batch for {waited:.0f} s: waiting for {self._describe()}", file=sys.stderr, flush=True)

@@ -37,6 +37,7 @@ class Progress:
         unit: str = "items",
         stream: TextIO | None = None,
         every: float = _LINE_EVERY,
+        done: int = 0,
     ) -> None:
         """Describe the work.
 
@@ -46,11 +47,13 @@ class Progress:
             unit: what is counted, in the plural.
             stream: where to write; none: stderr.
             every: seconds between plain lines.
+            done: how much an earlier attempt has done.
         """
         self.what = what
         self.total = total
         self.unit = unit
-        self.done = 0
+        self.done = done
+        self._before = done
         self._stream = stream if stream is not None else sys.stderr
         self._every = every
         self._bar: Any = None
@@ -89,7 +92,7 @@ class Progress:
     def status(self) -> str:
         """Counts, rate and time so far or left: ``1,200/6,000 images · 410/s · 12 s left``."""
         elapsed = time.monotonic() - self._start
-        rate = self.done / elapsed if elapsed > 0 else 0.0
+        rate = (self.done - self._before) / elapsed if elapsed > 0 else 0.0
         of = f"/{self.total:,}" if self.total is not None else ""
         parts = [f"{self.done:,}{of} {self.unit}"]
         if rate > 0:

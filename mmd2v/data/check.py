@@ -1,7 +1,11 @@
-"""Verifies shards: every member is read, every image decoded, ids are unique, indexes and manifests agree."""
+"""Verifies shards: every member is read, every image decoded, ids are unique, indexes, manifests and checksums agree.
+
+Samples without image are right where the whole data set has none (text alone); beside images they are damage.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -10,7 +14,7 @@ import numpy as np
 
 from mmd2v.data.draws import words
 from mmd2v.data.packing import ordered_map
-from mmd2v.data.shards import INDEX_SUFFIX, MANIFEST_NAME, ShardIndex, expand_shards, read_manifest
+from mmd2v.data.shards import INDEX_SUFFIX, MANIFEST_NAME, ManifestEntry, ShardIndex, expand_shards, read_manifest
 from mmd2v.data.transforms import decode_image
 from mmd2v.errors import UserError
 from mmd2v.progress import Progress
@@ -22,6 +26,10 @@ class CheckReport:
 
     shards: int = 0
     images: int = 0
+    texts: int = 0
+    """Samples without image, of a set that has none at all."""
+    checksums: int = 0
+    """Shards whose SHA-256 is the one of their manifest."""
     captions: int = 0
     fewest_captions: int = 0
     most_captions: int = 0
@@ -30,9 +38,12 @@ class CheckReport:
     """One line each, naming shard and sample."""
 
     def __str__(self) -> str:
+        samples = f"{self.texts:,} texts without image" if self.texts else f"{self.images:,} readable images"
+        each = "a text" if self.texts else "an image"
+        checksums = f", {self.checksums:,} right checksums" if self.checksums else ""
         return (
-            f"{self.shards:,} shards, {self.images:,} readable images, {self.captions:,} captions "
-            f"({self.fewest_captions} to {self.most_captions} an image), {self.bytes / 1e6:,.1f} MB, "
+            f"{self.shards:,} shards, {samples}, {self.captions:,} captions "
+            f"({self.fewest_captions} to {self.most_captions} {each}), {self.bytes / 1e6:,.1f} MB{checksums}, "
             f"{len(self.problems):,} problems"
         )
 
@@ -49,16 +60,63 @@ def check_shards(spec: str | Sequence[str], workers: int | None = None) -> Check
     """
     paths = expand_shards(spec)
     report = CheckReport(shards=len(paths))
+    manifests = {folder: _read_manifest(folder, report) for folder in sorted({os.path.dirname(path) for path in paths})}
+    imageless = _Imageless(report)
     hashes: list[np.ndarray] = []
-    with Progress("checking", unit="images") as progress:
+    with Progress("checking", unit="samples") as progress:
         for path in paths:
-            hashes.append(_check_shard(path, report, workers or os.cpu_count() or 1, progress))
-    _check_manifests(paths, hashes, report)
+            folder, name = os.path.split(path)
+            if entry := manifests[folder].get(name):
+                _check_sum(path, entry, report)
+            hashes.append(_check_shard(path, report, imageless, workers or os.cpu_count() or 1, progress))
+    _check_manifests(paths, hashes, manifests, report)
     _check_duplicates(paths, hashes, report)
     return report
 
 
-def _check_shard(path: str, report: CheckReport, workers: int, progress: Progress) -> np.ndarray:
+class _Imageless:
+    """Samples without image: counted as long as no sample has one, problems from then on."""
+
+    def __init__(self, report: CheckReport) -> None:
+        self._report = report
+        self._first = ""
+
+    def found(self, message: str) -> None:
+        """Note a sample without image that is right otherwise."""
+        if self._report.images:
+            self._report.problems.append(message)
+            return
+        self._first = self._first or message
+        self._report.texts += 1
+
+    def image(self) -> None:
+        """Note a sample with an image: those before it are no text set then."""
+        if self._report.texts:
+            more = f", as have {self._report.texts - 1:,} more before the first image" if self._report.texts > 1 else ""
+            self._report.problems.append(f"{self._first}{more}; expected an image everywhere or nowhere")
+            self._report.texts = 0
+        self._report.images += 1
+
+
+def _check_sum(path: str, entry: ManifestEntry, report: CheckReport) -> None:
+    """Compare a shard with the checksum of its manifest, if that has one."""
+    if entry.sha256 is None:
+        return
+    try:
+        with open(path, "rb") as handle:
+            found = hashlib.file_digest(handle, "sha256").hexdigest()
+    except OSError:
+        return  # told by the check of the shard itself
+    if found == entry.sha256:
+        report.checksums += 1
+        return
+    report.problems.append(
+        f"{path}: found SHA-256 {found[:16]}…, expected {entry.sha256[:16]}… by the {MANIFEST_NAME} beside it: "
+        "the shard is damaged or was replaced"
+    )
+
+
+def _check_shard(path: str, report: CheckReport, imageless: _Imageless, workers: int, progress: Progress) -> np.ndarray:
     """Check one shard; uint64 [R] hashes of the ids of all its samples."""
     try:
         index = ShardIndex.scan(path)
@@ -71,14 +129,16 @@ def _check_shard(path: str, report: CheckReport, workers: int, progress: Progres
         return np.zeros(0, np.uint64)
     report.bytes += index.size
     _check_index_file(index, report)
+    has_image = index.spans[:, 0, 0] >= 0
 
     def examine(row: int) -> tuple[str, int, str | None]:
         """(id, captions, problem) of one sample."""
         sample_id, captions = index.keys[row], 0
         try:
-            sample = index.read(row, handle)
+            sample = index.read(row, handle, images=bool(has_image[row]))
             sample_id, captions = sample.id, len(sample.captions)
-            decode_image(sample.image, sample.where)
+            if sample.image is not None:
+                decode_image(sample.image, sample.where)
         except UserError as error:
             return sample_id, captions, str(error)
         return sample_id, captions, None
@@ -91,7 +151,10 @@ def _check_shard(path: str, report: CheckReport, workers: int, progress: Progres
             if problem is not None:
                 report.problems.append(problem)
                 continue
-            report.images += 1
+            if has_image[row]:
+                imageless.image()
+            else:
+                imageless.found(f"{index.where(row)}: no image member")
             report.captions += captions
             report.fewest_captions = min(report.fewest_captions or captions, captions)
             report.most_captions = max(report.most_captions, captions)
@@ -112,21 +175,29 @@ def _check_index_file(index: ShardIndex, report: CheckReport) -> None:
         report.problems.append(f"{index.path}{INDEX_SUFFIX}: does not describe the shard beside it; delete it")
 
 
-def _check_manifests(paths: list[str], hashes: list[np.ndarray], report: CheckReport) -> None:
+def _read_manifest(folder: str, report: CheckReport) -> dict[str, ManifestEntry]:
+    try:
+        return read_manifest(folder)
+    except UserError as error:
+        report.problems.append(str(error))
+        return {}
+
+
+def _check_manifests(
+    paths: list[str],
+    hashes: list[np.ndarray],
+    manifests: dict[str, dict[str, ManifestEntry]],
+    report: CheckReport,
+) -> None:
     found = {path: len(ids) for path, ids in zip(paths, hashes, strict=True)}
-    for folder in sorted({os.path.dirname(path) for path in paths}):
+    for folder, manifest in manifests.items():
         where = os.path.join(folder, MANIFEST_NAME)
-        try:
-            manifest = read_manifest(folder)
-        except UserError as error:
-            report.problems.append(str(error))
-            continue
-        for name, (samples, _) in manifest.items():
+        for name, entry in manifest.items():
             path = os.path.join(folder, name)
             if not os.path.exists(path):
                 report.problems.append(f"{where}: lists {name}, which is not there")
-            elif path in found and found[path] != samples:
-                report.problems.append(f"{where}: lists {samples:,} samples in {name}, found {found[path]:,}")
+            elif path in found and found[path] != entry.samples:
+                report.problems.append(f"{where}: lists {entry.samples:,} samples in {name}, found {found[path]:,}")
 
 
 def _check_duplicates(paths: list[str], hashes: list[np.ndarray], report: CheckReport) -> None:

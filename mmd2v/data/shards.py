@@ -12,9 +12,9 @@ from __future__ import annotations
 import json
 import os
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -29,6 +29,7 @@ __all__ = [
     "IMAGE_SUFFIXES",
     "INDEX_SUFFIX",
     "MANIFEST_NAME",
+    "ManifestEntry",
     "RawSample",
     "ShardIndex",
     "ShardSet",
@@ -168,22 +169,37 @@ class ShardSet:
         return {**self.__dict__, "_open": OrderedDict()}
 
 
-def read_manifest(folder: str) -> dict[str, tuple[int, int]]:
-    """Read a folder's ``shards.json``: shard name → (samples, bytes); empty when there is none."""
+class ManifestEntry(NamedTuple):
+    """What a manifest tells of a shard."""
+
+    samples: int
+    bytes: int
+    sha256: str | None = None
+    """In hexadecimal; None in manifests of earlier versions."""
+
+
+def read_manifest(folder: str) -> dict[str, ManifestEntry]:
+    """Read a folder's ``shards.json``: shard name → what it tells; empty when there is none."""
     path = os.path.join(folder, MANIFEST_NAME)
     if not os.path.exists(path):
         return {}
     record = _read_json(path)
     try:
-        return {str(name): (int(samples), int(size)) for name, (samples, size) in record["shards"].items()}
+        return {str(name): _manifest_entry(*entry) for name, entry in record["shards"].items()}
     except (KeyError, TypeError, ValueError, AttributeError):
         raise UserError(f"{path}: not a shard manifest of this version; delete it to scan the shards") from None
 
 
-def write_manifest(folder: str | Path, indexes: dict[str, tuple[int, int]]) -> None:
-    """Write a folder's ``shards.json`` from shard name → (samples, bytes)."""
-    shards = {name: list(entry) for name, entry in sorted(indexes.items())}
-    record = {"version": _VERSION, "samples": sum(entry[0] for entry in indexes.values()), "shards": shards}
+def _manifest_entry(samples: Any, size: Any, sha256: Any = None) -> ManifestEntry:
+    if sha256 is not None and not isinstance(sha256, str):
+        raise TypeError(sha256)
+    return ManifestEntry(int(samples), int(size), sha256)
+
+
+def write_manifest(folder: str | Path, shards: Mapping[str, ManifestEntry]) -> None:
+    """Write a folder's ``shards.json`` from shard name → what it tells: ``[samples, bytes, sha256]`` each."""
+    entries = {name: list(entry) for name, entry in sorted(shards.items())}
+    record = {"version": _VERSION, "samples": sum(entry.samples for entry in shards.values()), "shards": entries}
     write_text(Path(folder) / MANIFEST_NAME, json.dumps(record) + "\n")
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -11,7 +13,7 @@ from urllib.parse import quote
 
 from webdataset import TarWriter
 
-from mmd2v.data.shards import ShardIndex, write_manifest
+from mmd2v.data.shards import ManifestEntry, ShardIndex, write_manifest
 
 
 def sample_key(sample_id: str) -> str:
@@ -22,6 +24,34 @@ def sample_key(sample_id: str) -> str:
     return quote(sample_id, safe="/" if not sample_id.startswith("/") else "").replace(".", "%2E")
 
 
+def shard_name(number: int) -> str:
+    """``shard-000000.tar`` and so on."""
+    return f"shard-{number:06d}.tar"
+
+
+class _HashedFile:
+    """A file being written whose SHA-256 is known when it is done, without reading it again."""
+
+    def __init__(self, path: Path) -> None:
+        self._handle = open(path, "wb")  # noqa: SIM115 - open across calls; closed with the shard
+        self._hash = hashlib.sha256()
+
+    def write(self, data: bytes) -> int:
+        self._hash.update(data)
+        return self._handle.write(data)
+
+    def sync(self) -> None:
+        self._handle.flush()
+        os.fsync(self._handle.fileno())
+
+    def close(self) -> None:
+        self._handle.close()
+
+    @property
+    def sha256(self) -> str:
+        return self._hash.hexdigest()
+
+
 class ShardFolder:
     """A folder being filled with ``shard-000000.tar``, …: ``samples`` samples each. Use as a context manager.
 
@@ -29,13 +59,28 @@ class ShardFolder:
     interrupted writer leaves a shard without index.
     """
 
-    def __init__(self, folder: str | Path, samples: int) -> None:
-        """``folder`` must exist."""
+    def __init__(
+        self,
+        folder: str | Path,
+        samples: int,
+        *,
+        written: Mapping[str, ManifestEntry] | None = None,
+        finished: Callable[[str, ManifestEntry], None] | None = None,
+    ) -> None:
+        """Start, or go on, filling.
+
+        Args:
+            folder: it must exist.
+            samples: samples a shard.
+            written: shards of an earlier attempt that are finished there, the first ones without a gap.
+            finished: called with the name and entry of each shard once it and its index are on the disk.
+        """
         self.folder = Path(folder)
         self.samples = samples
-        self.written: dict[str, tuple[int, int]] = {}
+        self.written: dict[str, ManifestEntry] = dict(written or {})
+        self._finished = finished
         self._tar: TarWriter | None = None
-        self._handle: Any = None
+        self._handle: _HashedFile | None = None
         self._in_shard = 0
 
     def __enter__(self) -> ShardFolder:
@@ -45,38 +90,50 @@ class ShardFolder:
         if kind is None:
             self._finish_shard()
             write_manifest(self.folder, self.written)
-        elif self._tar is not None:
-            # The folder is about to be removed; only the tar's own buffers must not outlive the file.
+        elif self._tar is not None and self._handle is not None:
+            # The shard is about to be removed; only the tar's own buffers must not outlive the file.
             with suppress(OSError):
                 self._tar.close()
             with suppress(OSError):
                 self._handle.close()
 
-    def write(self, sample_id: str, jpeg: bytes, meta: dict[str, Any]) -> None:
-        """Append one sample; ``meta`` becomes its JSON, with ``id`` in front."""
+    def write(self, sample_id: str, jpeg: bytes | None, meta: dict[str, Any]) -> None:
+        """Append one sample, without ``jpeg`` a text; ``meta`` becomes its JSON, with ``id`` in front."""
         if self._tar is None:
             self._start_shard()
         assert self._tar is not None
-        text = json.dumps({"id": sample_id, **meta}, ensure_ascii=False, separators=(",", ":"))
-        self._tar.write({"__key__": sample_key(sample_id), "jpg": jpeg, "json": text.encode()})
+        members = {"__key__": sample_key(sample_id), "json": _json({"id": sample_id, **meta})}
+        if jpeg is not None:
+            members["jpg"] = jpeg
+        self._tar.write(members)
         self._in_shard += 1
         if self._in_shard == self.samples:
             self._finish_shard()
 
     def _start_shard(self) -> None:
-        self._path = self.folder / f"shard-{len(self.written):06d}.tar"
-        self._handle = open(self._path, "wb")  # noqa: SIM115 - open across calls; closed with the shard
+        self._path = self.folder / shard_name(len(self.written))
+        self._handle = _HashedFile(self._path)
         self._tar = TarWriter(self._handle, encoder=False, mtime=0, user="mmd2v", group="mmd2v", format="PAX_FORMAT")
         self._in_shard = 0
 
     def _finish_shard(self) -> None:
-        if self._tar is None:
+        if self._tar is None or self._handle is None:
             return
         self._tar.close()
-        self._handle.flush()
-        os.fsync(self._handle.fileno())
+        self._handle.sync()
         self._handle.close()
         self._tar = None
         index = ShardIndex.scan(str(self._path))
         index.write()
-        self.written[self._path.name] = (len(index), index.size)
+        entry = ManifestEntry(len(index), index.size, self._handle.sha256)
+        self.written[self._path.name] = entry
+        if self._finished is not None:
+            self._finished(self._path.name, entry)
+
+
+def _json(value: dict[str, Any]) -> bytes:
+    """JSON in UTF-8; with escapes where a string holds half a character, which UTF-8 cannot."""
+    try:
+        return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode()
+    except UnicodeEncodeError:
+        return json.dumps(value, separators=(",", ":")).encode()

@@ -54,9 +54,10 @@ def test_pack_and_a_damaged_shard(tmp_path, capsys, shared):
     data = bytearray(shard.read_bytes())
     data[600:1500] = bytes(900)
     shard.write_bytes(data)
-    assert main(["check", str(tmp_path / "out"), "--show", "1"]) == 1
+    assert main(["check", str(tmp_path / "out"), "--show", "2"]) == 1
     out = capsys.readouterr().out
-    assert "shard-000001.tar: sample " in out and "1 problems" in out
+    assert "shard-000001.tar: found SHA-256 " in out and "2 right checksums, 2 problems" in out
+    assert "shard-000001.tar: sample " in out
 
 
 def test_errors_have_no_traceback(tmp_path):

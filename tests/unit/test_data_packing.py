@@ -10,7 +10,7 @@ from data_samples import captions_of, encoded, leftovers, write_images, write_js
 from mmd2v.data.generate import facts_from_json, generate
 from mmd2v.data.packing import ordered_map, pack
 from mmd2v.data.shards import ShardSet
-from mmd2v.data.sources import read_source
+from mmd2v.data.sources import open_source
 from mmd2v.data.synthetic import attributes, captions, scene
 from mmd2v.data.transforms import decode_image
 from mmd2v.errors import UserError
@@ -21,7 +21,7 @@ def packed(source, out, **kwargs):
     report = pack(source, out, **kwargs)
     data = ShardSet(str(out))
     samples = [data.read(*data.locate(n)) for n in range(len(data))]
-    assert report.images == len(data) and report.captions == sum(len(sample.captions) for sample in samples)
+    assert report.samples == len(data) and report.captions == sum(len(sample.captions) for sample in samples)
     return {sample.id: (list(sample.captions), sample.meta, bytes(sample.image)) for sample in samples}
 
 
@@ -295,7 +295,9 @@ def test_bad_places(tmp_path):
     (tmp_path / "c.json").write_text("{")
     assert "cannot be read as JSON" in error(tmp_path / "c.json", tmp_path)
     (tmp_path / "c.xml").write_text("{")
-    assert "found a .xml, expected .json, .csv, .tsv or a folder" in error(tmp_path / "c.xml", tmp_path)
+    assert "found a .xml, expected .json, .csv, .tsv, .txt, .jsonl, .tar or a folder" in error(
+        tmp_path / "c.xml", tmp_path
+    )
     assert "format coco is a JSON object" in error(source, tmp_path, images=images, format="coco")
     assert "needs a folder" in error(source, tmp_path, format="folder")
     assert "which has no columns" in error(source, tmp_path, image_column="x")
@@ -313,7 +315,7 @@ def test_full_disk_leaves_nothing(tmp_path, monkeypatch, capfd):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr("mmd2v.data.writer.os.fsync", lambda handle: full(None, None))
-    assert "out: cannot be written: No space left on device" in error(source, tmp_path, images=images, shard_size=3)
+    assert "out: cannot be written: the disk is full" in error(source, tmp_path, images=images, shard_size=3)
     assert "Traceback" not in capfd.readouterr().err
 
 
@@ -323,9 +325,10 @@ def test_ordered_map_keeps_order_and_stops_at_an_error():
         list(ordered_map(lambda n: 1 // (n - 5), range(10), 3))
 
 
-def test_read_source_keeps_file_order(tmp_path):
-    entries = [{"image": f"{n}.jpg", "caption": "x"} for n in (3, 1, 2)]
-    assert [record.id for record in read_source(write_json(tmp_path / "c.json", entries))] == ["3", "1", "2"]
+def test_sources_keep_file_order(tmp_path):
+    write_images(tmp_path, [f"{n}.jpg" for n in (1, 2, 3)])
+    source = write_json(tmp_path / "c.json", [{"image": f"{n}.jpg", "caption": "x"} for n in (3, 1, 2)])
+    assert [record.id for record in open_source(source).records()] == ["3", "1", "2"]
 
 
 # -------------------------------------------------------------------------------- generated world
@@ -333,7 +336,7 @@ def test_read_source_keeps_file_order(tmp_path):
 
 def test_generated_world(tmp_path):
     report = generate(tmp_path / "w", split="test", count=7, size=32, seed=5, captions_per_image=2, shard_size=4)
-    assert (report.images, report.captions, report.shards) == (7, 14, 2)
+    assert (report.samples, report.captions, report.shards) == (7, 14, 2)
     data = ShardSet(str(tmp_path / "w"))
     for n in range(7):
         sample = data.read(*data.locate(n))
@@ -379,7 +382,7 @@ def test_flickr8k(shared, tmp_path):
     folder = shared / "flickr8k"
     source = folder / "flickr8k_val.json"
     report = pack(source, tmp_path / "val", images=folder / "flickr8k_val_images_160px.tar", shard_size=400)
-    assert (report.images, report.captions, report.shards) == (1000, 5000, 3)
+    assert (report.samples, report.captions, report.shards) == (1000, 5000, 3)
     expected = json.loads(source.read_text())
     data = ShardSet(str(tmp_path / "val"))
     for n in range(0, 1000, 97):

@@ -1,4 +1,4 @@
-"""`mmd2v data`: pack, generate and check shards, build a tokenizer."""
+"""`mmd2v data`: pack, generate and check shards, build a tokenizer, measure how fast they load."""
 
 from __future__ import annotations
 
@@ -11,34 +11,49 @@ from typing import Annotated
 import tyro
 from tyro.conf import Positional, arg
 
-from mmd2v.data.sources import Format
+from mmd2v.data.sources import FORMATS, Format
 from mmd2v.data.tokenizers import VocabularyKind
 
 _SHARDS_HELP = "A folder of .tar files, a path with {000..007} braces or wildcards; one or more."
 
+_FORMAT_HELP = "; ".join(
+    ["Format of SOURCE; auto looks at it", *(f"{name}: {kind.summary}" for name, kind in FORMATS.items())]
+)
+
 
 @dataclass(frozen=True)
 class Pack:
-    """Pack captioned images into WebDataset shards; everything is checked before anything is left behind."""
+    """Pack captioned images, or text alone, into WebDataset shards; the folder appears whole or not at all.
+
+    Interrupted (Ctrl-C, kill), the command leaves OUT.partial, and the same command goes on behind its last finished
+    shard; the result has the same bytes.
+    """
 
     source: Annotated[Positional[Path], arg(metavar="SOURCE")]
-    """Caption file (.json, .csv, .tsv), or a folder of images with a .txt of the same name beside each."""
+    """Caption file, folder or archive; see --format."""
     out: Path
     """Folder to create."""
-    images: Annotated[Path | None, arg(metavar="DIR|TAR")] = None
-    """Folder or uncompressed .tar of the images; by default the folder of SOURCE."""
-    format: Format = "auto"
-    """Format of SOURCE; auto looks at the file."""
+    images: Annotated[tuple[Path, ...], arg(metavar="DIR|TAR ...")] = ()
+    """Folders or uncompressed .tar files of the images; by default the folder of SOURCE."""
+    format: Annotated[Format, arg(help=_FORMAT_HELP)] = "auto"
     split: Annotated[tuple[str, ...], arg(metavar="NAME ...")] = ()
     """Splits to take from a Karpathy file, for example: --split train restval."""
     shard_size: int = 1000
     """Samples a shard."""
     resize: Annotated[int | None, arg(metavar="PX")] = None
     """Shrink images whose shorter side is longer than this, in pixels."""
+    limit: Annotated[int | None, arg(metavar="N")] = None
+    """Write the first N samples alone."""
+    max_captions: Annotated[int | None, arg(metavar="N")] = None
+    """Take the first N captions of an image alone."""
+    skip_bad: bool = False
+    """Leave damaged samples out and count them by kind, instead of stopping at the first."""
     image_column: Annotated[str | None, arg(metavar="NAME")] = None
     """CSV column of image names; by default one of the usual names."""
     caption_column: Annotated[str | None, arg(metavar="NAME")] = None
     """CSV column of captions; by default one of the usual names."""
+    passage_words: Annotated[int | None, arg(metavar="N")] = None
+    """Most words of a passage of text; 256 by default. Texts are cut behind paragraphs, or else sentences."""
 
     def run(self) -> int:
         """Pack and print what was written."""
@@ -54,6 +69,10 @@ class Pack:
             resize=self.resize,
             image_column=self.image_column,
             caption_column=self.caption_column,
+            max_captions=self.max_captions,
+            passage_words=self.passage_words,
+            limit=self.limit,
+            skip_bad=self.skip_bad,
         )
         print(f"{self.out}: {report}")
         return 0
@@ -144,11 +163,44 @@ class Tokenizer:
         return 0
 
 
+@dataclass(frozen=True)
+class Bench:
+    """Measure how fast some shards load on this machine, stage by stage, and what limits."""
+
+    shards: Annotated[Positional[tuple[str, ...]], arg(metavar="SHARDS ...", help=_SHARDS_HELP)]
+    size: int = 224
+    """Side of the training image, in pixels."""
+    batch: int = 64
+    """Images of a batch."""
+    workers: int = 1
+    """Loader processes; 0 loads in this one."""
+    seconds: float = 10.0
+    """How long to measure, in seconds."""
+    tokenizer: Annotated[Path | None, arg(metavar="PATH")] = None
+    """File or folder of a tokenizer; without one the text is left out."""
+
+    def run(self) -> int:
+        """Measure and print a table."""
+        from mmd2v.data.bench import bench
+
+        report = bench(
+            self.shards,
+            size=self.size,
+            batch=self.batch,
+            workers=self.workers,
+            seconds=self.seconds,
+            tokenizer=self.tokenizer,
+        )
+        print(report)
+        return 0
+
+
 _Commands = (
     Annotated[Pack, tyro.conf.subcommand("pack")]
     | Annotated[Synth, tyro.conf.subcommand("synth")]
     | Annotated[Check, tyro.conf.subcommand("check")]
     | Annotated[Tokenizer, tyro.conf.subcommand("tokenizer")]
+    | Annotated[Bench, tyro.conf.subcommand("bench")]
 )
 
 

@@ -1,0 +1,23 @@
+import json
+
+from mmd2v.data.trace import Trace
+
+
+def steps(path):
+    return [json.loads(line)["step"] for line in path.read_text().splitlines()]
+
+
+def test_a_resumed_run_forgets_what_it_had_written_from_there_on(tmp_path):
+    trace = Trace(tmp_path / "deep" / "trace", 2, 0)
+    for step in range(5):
+        trace.write(step, 0, ["ä", "b"])
+    trace.close()
+    path = tmp_path / "deep" / "trace.rank2.jsonl"
+    with open(path, "a") as handle:
+        handle.write('{"step": 5, "mic')  # the process was killed here
+    again = Trace(tmp_path / "deep" / "trace", 2, 3)
+    assert steps(path) == [0, 1, 2]
+    again.write(3, 1, ["c"])
+    again.close()
+    assert steps(path) == [0, 1, 2, 3]
+    assert json.loads(path.read_text().splitlines()[-1]) == {"step": 3, "micro_step": 1, "ids": ["c"]}

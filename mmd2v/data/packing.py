@@ -22,6 +22,7 @@ from mmd2v.data.damage import Damage, DamageKind
 from mmd2v.data.partial import PackState, PartialFolder
 from mmd2v.data.shards import ManifestEntry
 from mmd2v.data.sources import Format, Record, Source, SourceOptions, open_source
+from mmd2v.data.sources.base import stops
 from mmd2v.data.transforms import decode_image, shrink
 from mmd2v.data.writer import ShardFolder
 from mmd2v.errors import UserError, disk_message
@@ -150,7 +151,7 @@ def pack(
             return _sample(record, opened, resize, max_captions)
         except Damage as damage:
             if not skip_bad:
-                raise UserError(f"{damage}. --skip-bad leaves such samples out") from None
+                raise stops(damage) from None
             return damage
 
     try:

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,8 @@ from urllib.parse import quote
 from webdataset import TarWriter
 
 from mmd2v.data.shards import ManifestEntry, ShardIndex, write_manifest
+
+_WRITE_BYTES = 1 << 20  # written at once
 
 
 def sample_key(sample_id: str) -> str:
@@ -30,25 +33,52 @@ def shard_name(number: int) -> str:
 
 
 class _HashedFile:
-    """A file being written whose SHA-256 is known when it is done, without reading it again."""
+    """A file being written whose SHA-256 is known when it is done, without reading it again.
+
+    A thread hashes and writes a megabyte while the next one is put together: both leave other threads their turn.
+    """
 
     def __init__(self, path: Path) -> None:
-        self._handle = open(path, "wb")  # noqa: SIM115 - open across calls; closed with the shard
+        self._handle = open(path, "wb", buffering=0)  # noqa: SIM115 - open across calls; closed with the shard
         self._hash = hashlib.sha256()
+        self._buffer = bytearray()
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="shard writer")
+        self._busy: Future[None] | None = None
 
     def write(self, data: bytes) -> int:
+        """Append; an error of the disk may come with a later call."""
+        self._buffer += data
+        if len(self._buffer) >= _WRITE_BYTES:
+            self._pass_on()
+        return len(data)
+
+    def _pass_on(self) -> None:
+        if self._busy is not None:
+            self._busy.result()
+        self._busy = self._thread.submit(self._store, self._buffer)
+        self._buffer = bytearray()
+
+    def _store(self, data: bytearray) -> None:
         self._hash.update(data)
-        return self._handle.write(data)
+        left = memoryview(data)
+        while left:
+            left = left[self._handle.write(left) :]
 
     def sync(self) -> None:
-        self._handle.flush()
+        """Write all of it through to the disk."""
+        self._pass_on()
+        assert self._busy is not None
+        self._busy.result()
         os.fsync(self._handle.fileno())
 
     def close(self) -> None:
+        """Close the file and end the thread."""
+        self._thread.shutdown()
         self._handle.close()
 
     @property
     def sha256(self) -> str:
+        """In hexadecimal, of what `sync` has written."""
         return self._hash.hexdigest()
 
 

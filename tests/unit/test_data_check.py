@@ -1,7 +1,8 @@
+import json
 import shutil
 
 import pytest
-from data_samples import encoded, make_shards, write_tar
+from data_samples import encoded, make_shards, write_json, write_tar
 
 from mmd2v.data.check import check_shards
 from mmd2v.data.shards import ShardIndex
@@ -72,3 +73,27 @@ def test_wrong_index(shards):
 def test_no_shards_is_an_error(tmp_path):
     with pytest.raises(UserError):
         check_shards(str(tmp_path / "none"))
+
+
+def test_checksums(shards):
+    assert check_shards(str(shards)).checksums == 3
+    path = shards / "shard-000001.tar"
+    data = bytearray(path.read_bytes())
+    place = data.index(b"caption 0 of picture 7")
+    data[place : place + 7] = b"CAPTION"  # nothing that decoding would notice
+    path.write_bytes(data)
+    report = check_shards(str(shards))
+    assert report.checksums == 2
+    assert len(report.problems) == 1 and f"{path}: found SHA-256 " in report.problems[0]
+
+
+def test_manifests_without_checksums(shards):
+    manifest = shards / "shards.json"
+    record = json.loads(manifest.read_text())
+    record["shards"] = {name: entry[:2] for name, entry in record["shards"].items()}
+    write_json(manifest, record)
+    report = check_shards(str(shards))
+    assert report.problems == [] and report.checksums == 0 and "checksums" not in str(report)
+    record["shards"]["shard-000000.tar"] = [5, 1, 7]
+    write_json(manifest, record)
+    assert any("not a shard manifest of this version" in problem for problem in check_shards(str(shards)).problems)

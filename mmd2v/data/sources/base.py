@@ -102,6 +102,12 @@ class Source(ABC):
         """Yield the stamps of all files the records come from, in a stable order."""
 
 
+def stops(damage: Damage) -> UserError:
+    """The error of a damaged sample where such samples are not skipped."""
+    text = str(damage)
+    return UserError(f"{text}{'' if text.endswith(('.', '?')) else '.'} --skip-bad leaves such samples out")
+
+
 def image_id(name: str) -> str:
     """The id of an image: its name without extension, with ``/`` between folders."""
     path = PurePosixPath(name.replace("\\", "/"))

@@ -11,7 +11,7 @@ from typing import Any
 from mmd2v.data.captions import check_captions
 from mmd2v.data.damage import Damage, DamageKind
 from mmd2v.data.image_files import ImageFiles, Stamp, open_images, stamp
-from mmd2v.data.sources.base import Record, Source, SourceOptions
+from mmd2v.data.sources.base import Record, Source, SourceOptions, stops
 from mmd2v.data.sources.peek import Peek
 from mmd2v.errors import UserError
 
@@ -56,7 +56,7 @@ class CaptionFile(Source):
     def _bad(self, damage: Damage) -> Damage:
         """Return the damage where bad samples are skipped, else raise it."""
         if not self.options.skip_bad:
-            raise damage
+            raise stops(damage) from None
         return damage
 
     def _check_unique(self) -> None:

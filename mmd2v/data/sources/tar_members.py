@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import bz2
+import gzip
 import lzma
 import tarfile
 import zlib
@@ -49,22 +51,60 @@ def streamed_members(stream: IO[bytes], name: str) -> Iterator[tuple[str, IO[byt
 
     A content must be read before the next one is asked for.
 
+    Args:
+        stream: the tar, buffered: its beginning tells how it is compressed.
+        name: what messages call it.
+
     Raises:
         Damage: it is no tar, or damaged behind the members yielded so far; starts with ``name``.
     """
     last = ""
     try:
-        with tarfile.open(fileobj=stream, mode="r|*") as tar:
+        watched = _Watched(decompressed(stream))
+        with tarfile.open(fileobj=watched, mode="r|") as tar:
             for member in tar:
                 tar.members = []  # type: ignore[attr-defined]
                 last = f" after {member.name}"
                 content = tar.extractfile(member) if member.isfile() else None
                 if content is not None:
                     yield member.name, content
+        # tarfile is content with an archive cut off between two members.
+        if not watched.ends_in_zeros():
+            raise EOFError("it ends without an end-of-archive mark: incomplete copy?")
     except READ_ERRORS as error:
         kind = DamageKind.SHARD_TRUNCATED if last else DamageKind.SHARD_UNREADABLE
         raise Damage(kind, f"{name}: no readable tar{last}: {error}") from None
 
+
+def decompressed(stream: IO[bytes]) -> IO[bytes]:
+    """The content of a gzip, xz or bzip2 stream, which raises an error where it is cut off; others as they are."""
+    start = stream.peek(6)[:6]  # type: ignore[attr-defined] # of every buffered stream
+    for magic, module in _COMPRESSIONS.items():
+        if start.startswith(magic):
+            return module.open(stream)
+    return stream
+
+
+class _Watched:
+    """A stream that remembers how it ended."""
+
+    def __init__(self, stream: IO[bytes]) -> None:
+        self._stream = stream
+        self._tail = b""
+
+    def read(self, size: int) -> bytes:
+        data = self._stream.read(size)
+        self._tail = (self._tail + data)[-_BLOCK:]
+        return data
+
+    def ends_in_zeros(self) -> bool:
+        """Read to the end; whether the last block is the zeros of a tar's end."""
+        while self.read(1 << 16):
+            pass
+        return len(self._tail) == _BLOCK and not any(self._tail)
+
+
+_COMPRESSIONS = {b"\x1f\x8b": gzip, b"\xfd7zXZ\0": lzma, b"BZh": bz2}
 
 READ_ERRORS = (tarfile.TarError, EOFError, lzma.LZMAError, zlib.error, OSError)
 """What reading a damaged archive raises."""

@@ -14,7 +14,6 @@ a passage tells its document and place: ``books/emma-000012``, ``corpus.jsonl/00
 from __future__ import annotations
 
 import codecs
-import gzip
 import json
 import os
 import re
@@ -28,7 +27,7 @@ from mmd2v.data.shards import IMAGE_SUFFIXES
 from mmd2v.data.sources.base import Record, Source, SourceOptions
 from mmd2v.data.sources.passages import passages
 from mmd2v.data.sources.peek import Peek
-from mmd2v.data.sources.tar_members import READ_ERRORS, streamed_members
+from mmd2v.data.sources.tar_members import READ_ERRORS, decompressed, streamed_members
 from mmd2v.errors import UserError, nearest
 
 PASSAGE_WORDS = 256  # at most, unless asked for otherwise
@@ -116,12 +115,9 @@ class Text(Source):
 
     def _json_lines(self, name: str, where: str, stream: IO[bytes]) -> Iterator[Record]:
         """Documents of a JSON Lines file. A damaged line is one damaged record."""
-        packed = name.lower().endswith(".gz")
-        # A read-ahead of ours is no matter: the file holds nothing else.
-        rows = gzip.GzipFile(fileobj=stream) if packed else stream
         number = 0
         try:
-            for number, row in enumerate(rows):
+            for number, row in enumerate(decompressed(stream)):
                 if not row.strip():
                     continue
                 line = f"{where}, line {number + 1}"

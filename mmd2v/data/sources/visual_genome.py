@@ -66,8 +66,7 @@ class VisualGenome(Source):
                     DamageKind.NO_CAPTION, f"{where}: no region with a phrase, expected at least one"
                 )
             elif stored is None:
-                hint = self._files.hint(f"{image}.jpg")
-                text = f"{where}: found no {image}.jpg in {self._files.name} and its subfolders.{hint}"
+                text = f"{where}: found no {image}.jpg in {self._files.name} and its subfolders"
                 record.damage = Damage(DamageKind.NO_IMAGE, text)
             else:
                 record.read = partial(self._files.read, stored)

@@ -1,9 +1,10 @@
-"""How a step's images are divided: ranks × micro-batch × accumulation, and how many steps a run has."""
+"""How a step's samples or tokens are divided: ranks × micro-batch × accumulation, and how many steps a run has."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Literal
 
 from mmd2v.config.schema import Config
 from mmd2v.errors import UserError
@@ -11,12 +12,14 @@ from mmd2v.errors import UserError
 
 @dataclass(frozen=True)
 class BatchPlan:
-    """The arithmetic of one optimiser step. All counts are images or steps."""
+    """The arithmetic of one optimiser step. Counts are of ``unit`` or steps."""
 
     global_batch: int
     ranks: int
     micro_batch: int
+    """Of tokens: about, see `mmd2v.data.token_batches.divide`."""
     accumulation: int
+    unit: Literal["images", "samples", "tokens"] = "images"
 
     @property
     def images_per_rank(self) -> int:
@@ -25,13 +28,24 @@ class BatchPlan:
 
     def __str__(self) -> str:
         ranks = f"{self.ranks} rank" + "s" * (self.ranks > 1)
-        parts = f"{ranks} × {self.micro_batch} images × {self.accumulation} accumulation"
-        return f"{parts} = {self.global_batch} images a step"
+        if self.unit == "tokens":
+            parts = f"{ranks} × about {self.micro_batch:,} tokens × {self.accumulation} accumulation"
+            return f"{parts}, at most {self.global_batch:,} tokens a step"
+        parts = f"{ranks} × {self.micro_batch} {self.unit} × {self.accumulation} accumulation"
+        return f"{parts} = {self.global_batch} {self.unit} a step"
 
 
 def plan_batches(config: Config, ranks: int) -> BatchPlan:
-    """Divide ``engine.batch_size`` over ``ranks``; raise UserError with the arithmetic when it does not go."""
+    """Divide ``engine.batch_size`` or ``data.batch_tokens`` over ``ranks``.
+
+    Raises UserError with the arithmetic when samples do not go; tokens always do.
+    """
+    if config.data.batch_tokens is not None:
+        tokens, most = config.data.batch_tokens, config.data.micro_batch_tokens
+        accumulation = 1 if most is None else math.ceil(tokens / (ranks * most))
+        return BatchPlan(tokens, ranks, tokens // (ranks * accumulation), accumulation, "tokens")
     total = config.engine.batch_size
+    assert total is not None  # the schema wants one of the two
     if total % ranks:
         lower, upper = total // ranks * ranks, (total // ranks + 1) * ranks
         near = f"{lower} or {upper}" if lower else str(upper)
@@ -49,16 +63,23 @@ def plan_batches(config: Config, ranks: int) -> BatchPlan:
             f"/ {ranks} ranks = {share} images = {micro} × {share // micro} + {share % micro}; nearest size that does: "
             f"{nearest}"
         )
-    return BatchPlan(total, ranks, micro, share // micro)
+    return BatchPlan(total, ranks, micro, share // micro, "images" if config.uses_images else "samples")
 
 
-def total_steps(config: Config, plan: BatchPlan, dataset_size: int | None) -> int:
+def total_steps(config: Config, plan: BatchPlan, dataset_size: int | None, epoch_steps: int | None = None) -> int:
     """Return the optimiser steps of a run: ``config.steps``, or enough for ``config.epochs`` over the data.
 
-    Raises UserError when the run is given in epochs and ``dataset_size`` (images) is unknown.
+    ``epoch_steps`` is how many an epoch of batches of tokens has.
+    Raises UserError when the run is given in epochs and ``dataset_size`` (images), or of tokens ``epoch_steps``, is
+    unknown.
     """
     if config.steps is not None:
         return config.steps
+    if plan.unit == "tokens":
+        if epoch_steps is None:
+            raise UserError("epochs: the number of steps follows from the lengths of the texts, which are not known")
+        assert config.epochs is not None
+        return max(1, math.ceil(config.epochs * epoch_steps))
     if dataset_size is None:
         raise UserError("epochs: the number of steps follows from the size of data.train, which is not known")
     assert config.epochs is not None  # the schema wants exactly one of the two

@@ -36,11 +36,13 @@ def deepspeed_config(config: Config, world_size: int) -> dict[str, Any]:
     or when the batch does not divide.
     """
     plan = plan_batches(config, world_size)
+    micro_batch = 1 if plan.unit == "tokens" else plan.micro_batch
     engine = config.engine
     _refuse_own_keys(engine.deepspeed)
     generated: dict[str, Any] = {
-        "train_batch_size": plan.global_batch,
-        "train_micro_batch_size_per_gpu": plan.micro_batch,
+        # DeepSpeed only wants the product to hold; it counts no samples for us. Batches of tokens have no fixed number.
+        "train_batch_size": plan.ranks * micro_batch * plan.accumulation,
+        "train_micro_batch_size_per_gpu": micro_batch,
         "gradient_accumulation_steps": plan.accumulation,
         "gradient_clipping": config.optimizer.clip_norm or 0.0,
         "zero_optimization": {

@@ -164,7 +164,25 @@ class DataConfig(Section):
     )
     tokenizer: TokenizerConfig | None = Field(None, description="needed whenever a text modality is trained")
     captions_per_image: PositiveInt = Field(
-        1, description="captions drawn an image and epoch (without repetition as long as there are enough)"
+        1,
+        description="captions drawn an image (without images: a text sample) and epoch, without repetition as long as "
+        "there are enough",
+    )
+    batch_tokens: PositiveInt | None = Field(
+        None,
+        description="tokens of a step over all ranks, in place of engine.batch_size, for runs without images: texts of "
+        "like length come together, a step never has more tokens, every text (each caption is a sample of its own) "
+        "comes once an epoch. Needs the token lengths that `mmd2v data lengths` writes; at least 8 × the longest text",
+    )
+    micro_batch_tokens: PositiveInt | None = Field(
+        None,
+        description="under batch_tokens: tokens of a rank and forward pass, exceeded by one text at most; none: "
+        "batch_tokens / ranks (no accumulation)",
+    )
+    lengths_dir: str | None = Field(
+        None,
+        description="under batch_tokens: folder of the files of token lengths; none: beside the shards or, where these "
+        "cannot be written, in the cache folder of the node",
     )
     labels: str | None = Field(
         None, description="key in a sample's JSON that holds a vector of floats, for the `attributes` objective"
@@ -204,6 +222,31 @@ class DataConfig(Section):
 
 
 class EncoderConfig(Section):
+    @model_validator(mode="after")
+    def _token_batches(self) -> DataConfig:
+        if self.batch_tokens is None:
+            for name in ("micro_batch_tokens", "lengths_dir"):
+                if getattr(self, name) is not None:
+                    raise ValueError(f"{name}: found {getattr(self, name)}, which needs batch_tokens; remove it")
+            return self
+        if self.train.sets:
+            raise ValueError(
+                "batch_tokens: found a mixture (train.sets), expected one data set; train.shards also takes a list of "
+                "folders"
+            )
+        for name, only in (("lanes", 1), ("last_batch", "wrap"), ("captions_per_image", 1)):
+            if getattr(self, name) != only:
+                raise ValueError(
+                    f"batch_tokens: found {name}: {getattr(self, name)}, expected {only}; token batches give every "
+                    "text once an epoch and no step is left incomplete"
+                )
+        if self.micro_batch_tokens is not None and self.micro_batch_tokens > self.batch_tokens:
+            raise ValueError(
+                f"micro_batch_tokens: found {self.micro_batch_tokens}, expected at most batch_tokens "
+                f"{self.batch_tokens}"
+            )
+        return self
+
     """Fields every modality encoder shares. Its output tokens are bridged linearly to the model's width if need be."""
 
     frozen: bool = Field(
@@ -457,7 +500,9 @@ class EngineConfig(Section):
     """How a step is computed on the ranks."""
 
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: CUDA when there is one")
-    batch_size: PositiveInt = Field(256, description="images a step over all ranks")
+    batch_size: PositiveInt | None = Field(
+        256, description="images (without images: samples) a step over all ranks; none under data.batch_tokens"
+    )
     micro_batch_size: PositiveInt | None = Field(
         None, description="images a rank and forward pass; none: batch_size / ranks (no accumulation)"
     )
@@ -525,6 +570,17 @@ class Config(Section):
                 if name not in modalities:
                     raise ValueError(f"{where}: '{name}' is no modality; model.encoders has {sorted(modalities)}")
         for i, objective in enumerate(self.objectives):
+    @model_validator(mode="before")
+    @classmethod
+    def _tokens_replace_samples(cls, values: Any) -> Any:
+        """Under data.batch_tokens the default of engine.batch_size does not count; a number that was written does."""
+        if not isinstance(values, dict):
+            return values
+        data, engine = values.get("data"), values.get("engine", {})
+        if isinstance(data, dict) and data.get("batch_tokens") is not None and isinstance(engine, dict):
+            return {**values, "engine": {"batch_size": None, **engine}}
+        return values
+
             if isinstance(objective, CLSRegressionConfig):
                 self._check_teacher(objective.teacher, f"objectives.{i}.teacher")
             if isinstance(objective, AttributesConfig) and self.data.labels is None:
@@ -542,8 +598,34 @@ class Config(Section):
 
     def _check_teacher(self, name: str, where: str) -> None:
         kind, _, modality = name.partition(":")
+        self._check_batch_unit()
         if kind != "encoder" and name not in self.teachers:
             raise ValueError(f"{where}: '{name}' is not among teachers {sorted(self.teachers)}, nor encoder:MODALITY")
+    def _check_batch_unit(self) -> None:
+        """A step is counted in samples or in tokens."""
+        engine, tokens = self.engine, self.data.batch_tokens
+        if tokens is None:
+            if engine.batch_size is None:
+                raise ValueError("engine.batch_size: missing; expected a number of samples, or data.batch_tokens")
+            return
+        for name in ("batch_size", "micro_batch_size"):
+            if getattr(engine, name) is not None:
+                instead = "data.batch_tokens" if name == "batch_size" else "data.micro_batch_tokens"
+                raise ValueError(
+                    f"engine.{name}: found {getattr(engine, name)} beside data.batch_tokens {tokens}; a step is "
+                    f"counted in samples or in tokens: set engine.{name} to null ({instead} says it), or "
+                    "data.batch_tokens"
+                )
+        if self.uses_images:
+            raise ValueError(
+                "data.batch_tokens: this run uses images (model.encoders or teachers), expected text alone; give "
+                "engine.batch_size instead"
+            )
+        if self.data.tokenizer is None:
+            raise ValueError("data.tokenizer: missing, but data.batch_tokens counts its tokens")
+        if any(isinstance(objective, ContrastiveConfig) for objective in self.objectives):
+            raise ValueError("data.batch_tokens: the contrastive objective needs batches of a fixed number of samples")
+
         if kind == "encoder":
             encoder = self.model.encoders.get(modality)
             if not (isinstance(encoder, TimmEncoderConfig) and encoder.frozen and encoder.feature == -1):

@@ -37,6 +37,12 @@ class Batch:
     teacher_outputs: dict[str, torch.Tensor] = field(default_factory=dict)
     """Teacher → its stored outputs [B or N, …], where they are replayed."""
 
+    mean_over: float | None = None
+    """What a mean over the samples divides by, where the micro-batches of a step have different numbers of them:
+    samples of the step / (ranks × accumulation). The mean of all micro-batches' losses is then the mean over the step's
+    samples. None: all have the same number, B."""
+    encoded: EncodedImages | None = None
+    """Images whose rows in `images` are still to be filled, where the device decodes."""
     def __len__(self) -> int:
         return self.images.shape[0]
 

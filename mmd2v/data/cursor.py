@@ -31,6 +31,10 @@ class Position(NamedTuple):
     row: int
     set: int = 0
     """Which of the data sets of a mixture."""
+    caption: int | None = None
+    """The one caption that is the sample, in batches of tokens; None: the captions of the epoch."""
+    mean_over: float | None = None
+    """See `mmd2v.data.batch.Batch.mean_over`."""
 
 
 class _Window(NamedTuple):

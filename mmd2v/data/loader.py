@@ -7,18 +7,26 @@ import signal
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+from types import TracebackType
+from typing import Protocol
 import torch
 from torch.utils.data import DataLoader, get_worker_info
 from webdataset import DataPipeline
 
 from mmd2v.config.schema import DataConfig
 from mmd2v.data.batch import Batch
-from mmd2v.data.mixture import TrainOrder
 from mmd2v.data.watch import Watchdog, WorkerStates
 from mmd2v.errors import UserError
 
 
 @dataclass(frozen=True)
+class Order(Protocol):
+    """What a loader tells of a training stream."""
+
+    def epochs(self, index: int) -> dict[str, float]:
+        """Set (empty: the only one) → passes over it before a position."""
+
+
 class _Failure:
     """A UserError on its way out of a worker: torch would wrap the exception itself in a traceback."""
 
@@ -54,7 +62,7 @@ class Loader:
         *,
         states: WorkerStates | None = None,
         shard_name: Callable[[int, int], str] = lambda set_, shard: f"shard {shard}",
-        order: TrainOrder | None = None,
+        order: Order | None = None,
         rank: int = 0,
         pin_memory: bool | None = None,
     ) -> None:
@@ -113,7 +121,10 @@ class Loader:
                 yield item
 
     def epochs(self, index: int) -> dict[str, float]:
-        """Passes over the data before a global sample index: ``epoch``, or ``epoch/SET`` for every set of a mixture."""
+        """Passes over the data before a position (a sample, or a step of tokens).
+
+        ``epoch``, or ``epoch/SET`` for every set of a mixture.
+        """
         passes = self._order.epochs(index) if self._order is not None else {}
         return {f"epoch/{name}" if name else "epoch": number for name, number in passes.items()}
 

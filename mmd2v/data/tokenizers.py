@@ -8,6 +8,7 @@ Shapes: N captions, S tokens of all captions together.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from abc import ABC, abstractmethod
@@ -52,6 +53,25 @@ class Tokenizer(ABC):
         self.append_end = config.append_end
         self._path = Path(config.path)
 
+    @property
+    @abstractmethod
+    def files(self) -> list[Path]:
+        """The files that decide which ids a text becomes."""
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 (hexadecimal) of the kind and the content of `files`: tokenizers of equal fingerprint are equal."""
+        digest = hashlib.sha256(self.kind.encode())
+        for file in self.files:
+            content = file.read_bytes()
+            digest.update(len(content).to_bytes(8, "little") + content)
+        return digest.hexdigest()
+
+    @property
+    def specials(self) -> int:
+        """Special tokens of every sequence."""
+        return 1 + (self.append_end and self.end_id is not None)
+
     @abstractmethod
     def encode_text(self, texts: Sequence[str]) -> list[list[int]]:
         """Ids of each text alone: no special token, no truncation."""
@@ -67,7 +87,7 @@ class Tokenizer(ABC):
             ids int32 [S] of all sequences end to end, and lengths int32 [N], special tokens included.
         """
         end = [self.end_id] if self.append_end and self.end_id is not None else []
-        room = self.max_length - 1 - len(end)
+        room = self.max_length - self.specials
         rows = [[self.cls_id, *ids[:room], *end] for ids in self.encode_text(texts)]
         lengths_N = np.fromiter(map(len, rows), np.int32, len(rows))
         ids_S = np.fromiter((token for row in rows for token in row), np.int32, int(lengths_N.sum()))
@@ -100,7 +120,7 @@ class HFTokenizer(Tokenizer):
         from tokenizers import Tokenizer as Backend
 
         super().__init__(config)
-        path = _find_file(self._path, "tokenizer.json")
+        self._file = path = _find_file(self._path, "tokenizer.json")
         try:
             self._backend = Backend.from_str(path.read_text(encoding="utf-8"))
         except Exception as error:  # the library raises plain Exception
@@ -121,6 +141,11 @@ class HFTokenizer(Tokenizer):
         pad_id = _first_known(_PAD_NAMES, vocabulary)
         self.pad_id = pad_id if pad_id is not None else (self.cls_id if self.end_id is None else self.end_id)
         self._check()
+
+    @property
+    def files(self) -> list[Path]:
+        """See `Tokenizer.files`."""
+        return [self._file]
 
     def _template(self) -> tuple[int | None, int | None]:
         """The special tokens that the file's own template puts before and after a text."""
@@ -166,6 +191,11 @@ class SentencePieceTokenizer(Tokenizer):
         self.pad_id = pad_id if pad_id >= 0 else (self.cls_id if self.end_id is None else self.end_id)
         self._check()
 
+    @property
+    def files(self) -> list[Path]:
+        """See `Tokenizer.files`."""
+        return [self._model]
+
     def encode_text(self, texts: Sequence[str]) -> list[list[int]]:
         """See `Tokenizer.encode_text`."""
         # One thread: the default starts as many as there are cores, in every loader process.
@@ -207,6 +237,11 @@ class FairseqGPT2Tokenizer(Tokenizer):
         self.cls_id, self.pad_id, self.end_id = 0, 1, 2
         self.vocab_size = 4 + entries + 1
         self._check()
+
+    @property
+    def files(self) -> list[Path]:
+        """See `Tokenizer.files`."""
+        return [_find_file(self._path, name) for name in self._FILES]
 
     def encode_text(self, texts: Sequence[str]) -> list[list[int]]:
         """See `Tokenizer.encode_text`; surrounding white space is stripped, as the original does."""

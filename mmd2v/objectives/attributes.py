@@ -31,6 +31,7 @@ class Attributes(Objective):
         super().__init__(config, student, teachers, where)
         self.config = config
         self.where = where
+        self.is_text = student.inputs[config.modality] == "text"
         self.head = nn.Linear(student.config.width, config.classes)
         self.offset = math.log(config.prior / (1 - config.prior))
 
@@ -40,5 +41,8 @@ class Attributes(Objective):
             found = "none" if batch.labels is None else batch.labels.shape[1]
             raise UserError(f"{self.where}.classes: samples carry {found} labels, expected {self.config.classes}")
         logits_BA = self.head(output.pooled[self.config.modality]).float() + self.offset
-        loss_BA = F.binary_cross_entropy_with_logits(logits_BA, batch.labels, reduction="none")
-        return {"attributes_loss": weighted_mean(loss_BA, batch.weights)}
+        labels_BA, weights_B = batch.labels, batch.weights
+        if self.is_text:  # rows are captions, of which an image may have several
+            labels_BA, weights_B = labels_BA[batch.caption_image], batch.caption_weights
+        loss_BA = F.binary_cross_entropy_with_logits(logits_BA, labels_BA, reduction="none")
+        return {"attributes_loss": weighted_mean(loss_BA, weights_B, batch.mean_over)}

@@ -28,13 +28,17 @@ class Objective(nn.Module):
         return {}
 
 
-def weighted_mean(loss_BX: torch.Tensor, weights_B: torch.Tensor | None) -> torch.Tensor:
+def weighted_mean(
+    loss_BX: torch.Tensor, weights_B: torch.Tensor | None, mean_over: float | None = None
+) -> torch.Tensor:
     """Return the mean of ``loss_BX`` [B, …], with rows of weight 0 adding nothing.
 
     The mean divides by all rows, whatever their weights: the sum over ranks is the same however the rows lie on them.
+    Where micro-batches have different numbers of rows, it divides by ``mean_over`` instead of B: see `Batch.mean_over`.
     """
-    if weights_B is None:
-        return loss_BX.mean()
-    # Not a product: what stands in for a damaged sample may have a loss that is not finite.
-    shape = (-1,) + (1,) * (loss_BX.ndim - 1)
-    return loss_BX.masked_fill(weights_B.view(shape) == 0, 0).mean()
+    if weights_B is not None:
+        # Not a product: what stands in for a damaged sample may have a loss that is not finite.
+        shape = (-1,) + (1,) * (loss_BX.ndim - 1)
+        loss_BX = loss_BX.masked_fill(weights_B.view(shape) == 0, 0)
+    mean = loss_BX.mean()
+    return mean if mean_over is None else mean * (loss_BX.shape[0] / mean_over)

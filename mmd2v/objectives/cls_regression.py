@@ -58,7 +58,8 @@ class CLSRegression(Objective):
             pairs = _align(prediction, target_BC, kind, self.teacher_modality, batch)
             # Rows are captions as soon as one of the two sides is text.
             is_text = "text" in (kind, self.teacher_modality)
-            loss = weighted_mean(self._distance(*pairs), batch.caption_weights if is_text else batch.weights)
+            weights = batch.caption_weights if is_text else batch.weights
+            loss = weighted_mean(self._distance(*pairs), weights, batch.mean_over)
             losses[f"cls_regression_loss/{modality}"] = loss
         return losses
 

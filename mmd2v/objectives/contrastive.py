@@ -60,6 +60,10 @@ class Contrastive(Objective):
 
     def forward(self, output: StudentOutput, targets: Mapping[str, Targets], batch: Batch) -> dict[str, torch.Tensor]:
         """Return ``contrastive_loss``."""
+        if batch.mean_over is not None:
+            raise UserError(
+                "contrastive: the ranks must have equally many samples; data.batch_tokens does not give that"
+            )
         image_bD = output.embedding[self.names["image"]]
         text_nD = output.embedding[self.names["text"]]
         offset = rank() * len(batch)

@@ -101,10 +101,13 @@ def _layer(group: LayerConfig) -> str:
 def _training(config: Config, training: Training) -> str:
     sets = config.data.train.named_sets
     lines = [f"- Data: {name + ': ' if name else ''}{_data(one)}" for name, one in sets.items()]
+    unit = "images" if config.uses_images else "texts"
     if training.step is not None:
-        lines.append(f"- {training.step:,} steps of {config.engine.batch_size:,} images")
+        tokens, samples = config.data.batch_tokens, config.engine.batch_size
+        size = f"at most {tokens:,} tokens" if tokens is not None else f"{samples:,} {unit}"
+        lines.append(f"- {training.step:,} steps of {size}")
     if training.samples is not None:
-        lines.append(f"- {training.samples:,} images seen, counted with repetition")
+        lines.append(f"- {training.samples:,} {unit} seen, counted with repetition")
     lines += [f"- Teacher `{name}`: `{t.name}` ({t.modality})" for name, t in config.teachers.items()]
     lines += [f"- Objective: {objective.kind}, weight {objective.weight:g}" for objective in config.objectives]
     sources = sorted({init.source for group in config.model.layers for init in group.init.values()})

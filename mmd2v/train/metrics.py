@@ -23,6 +23,7 @@ from mmd2v.files import write_text
 from mmd2v.progress import duration
 
 METRICS_FILE = "metrics.jsonl"
+_TOKENS = "throughput(tokens/s)"
 
 
 class LossMeter:
@@ -155,9 +156,10 @@ class Reporter:
     def training_line(self, step: int, values: Mapping[str, float]) -> None:
         """Print the line of one interval; a bar shows its ETA until the next one."""
         losses = "  ".join(f"{short_name(name)} {value:.4f}" for name, value in values.items() if is_loss(name))
+        tokens = f"{values[_TOKENS]:,.0f} tokens/s  " if _TOKENS in values else ""
         text = (
             f"step {step}/{self._steps}  {losses}  lr {values['learning_rate']:.2e}  "
-            f"{values['throughput(samples/s)']:.1f} samples/s  data {values['time/data(%)']:.0f}%  "
+            f"{values['throughput(samples/s)']:.1f} samples/s  {tokens}data {values['time/data(%)']:.0f}%  "
             f"{values['memory(GB)']:.2f} GB  ETA {duration(values['time/eta(s)'])}"
         )
         self._eta = f"  ETA {duration(values['time/eta(s)'])}"

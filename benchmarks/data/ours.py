@@ -15,7 +15,7 @@ from pathlib import Path
 
 import psutil
 import torch
-from child import LoaderRate, Measured, repeat, serve
+from child import LoaderRate, Measured, repeat, serve, settle
 from torchvision.io import ImageReadMode
 from torchvision.io import decode_image as bare_decode
 
@@ -80,6 +80,7 @@ class Ours:
         for _ in range(passes):
             for _ in islice(batches, samples // self.batch):
                 pass
+            settle()  # batches in flight are memory too
             taken.append(resident_megabytes())
         del batches
         gc.collect()
@@ -91,9 +92,14 @@ class Ours:
 
 
 def resident_megabytes() -> float:
-    """Memory of this process and its children; what they share counts once."""
+    """Memory of this process and its children that is no file; what they share counts once."""
     process = psutil.Process()
-    return sum(p.memory_full_info().pss for p in (process, *process.children(recursive=True))) / 1e6
+    total = 0
+    for one in (process, *process.children(recursive=True)):
+        lines = Path(f"/proc/{one.pid}/smaps_rollup").read_text().splitlines()[1:]
+        fields = dict(line.split(":") for line in lines)
+        total += sum(int(fields[name].split()[0]) for name in ("Pss_Anon", "Pss_Shmem")) * 1024
+    return total / 1e6
 
 
 if __name__ == "__main__":

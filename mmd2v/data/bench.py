@@ -101,7 +101,7 @@ class Stages:
                     pixels = decode_image(raw.image, raw.where)
                 except Damage:
                     damaged += 1
-                    if samples == 0 and damaged >= len(self.shards):
+                    if not samples and not captions and damaged >= len(self.shards):
                         raise
                     continue
                 decoded = clock()

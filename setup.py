@@ -31,6 +31,8 @@ setup(
         "pydantic>=2.11",
         "tyro>=1.0",
         "safetensors>=0.5",
+        "fsspec>=2024.6",
+        "aiohttp>=3.9",
         "tensorboard>=2.18",
         "rich>=13",
         "matplotlib>=3.9",

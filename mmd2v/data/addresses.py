@@ -8,12 +8,31 @@ from __future__ import annotations
 import glob
 import os
 from collections.abc import Sequence
+from typing import Literal, Protocol
+from urllib.parse import urlsplit
 
 import braceexpand
 
 from mmd2v.errors import UserError, nearest
 
 PIPE = "pipe:"
+_COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
+
+
+class Listing(Protocol):
+    """What expansion asks of the places where shards are."""
+
+    def manifest_names(self, folder: str) -> list[str] | None:
+        """Shards that the manifest of a folder lists; None without one."""
+
+    def file_names(self, folder: str) -> list[str]:
+        """Names of the files in a remote folder; raises a UserError where it cannot be listed."""
+
+    def matches(self, pattern: str) -> list[str]:
+        """Addresses that match a pattern with ``*``."""
+
+    def text(self, address: str) -> str:
+        """Content of a small local or remote file; raises a UserError when there is none."""
 
 
 def is_remote(address: str) -> bool:
@@ -21,45 +40,94 @@ def is_remote(address: str) -> bool:
     return "://" in address or address.startswith(PIPE)
 
 
-def expand_shards(spec: str | Sequence[str]) -> list[str]:
+def display(address: str) -> str:
+    """Write an address without the secrets it may hold: user, password and the query of a signed link."""
+    if not address.startswith(("http://", "https://")):
+        return address
+    parts = urlsplit(address)
+    host = parts.netloc.rpartition("@")[2]
+    return f"{parts.scheme}://{host}{parts.path}" + ("?…" if parts.query else "")
+
+
+def split_address(address: str) -> tuple[str, str, str]:
+    """Split into (folder, name, query): ``https://h/set/a.tar?key`` is (``https://h/set``, ``a.tar``, ``?key``)."""
+    query = ""
+    if address.startswith(("http://", "https://")):
+        address, mark, rest = address.partition("?")
+        query = mark + rest
+    folder, _, name = address.rpartition("/")
+    return folder, name, query
+
+
+def join_address(folder: str, name: str) -> str:
+    """The address, or local path, of a file in a folder; a signed folder's query is kept."""
+    if not is_remote(folder):
+        return os.path.join(folder, name)
+    query = ""
+    if folder.startswith(("http://", "https://")):
+        folder, mark, rest = folder.partition("?")
+        query = mark + rest
+    return f"{folder.rstrip('/')}/{name}{query}"
+
+
+Absent = Literal["ignore", "keep", "refuse"]
+
+
+def expand_shards(spec: str | Sequence[str], listing: Listing | None = None, *, absent: Absent = "ignore") -> list[str]:
     """List the shard files that a specification names.
 
     Args:
-        spec: a folder of ``.tar`` files, a path with ``{000..007}`` braces or wildcards, or a list of these.
+        spec: one of these, or a list of them:
+
+            - a folder of ``.tar`` files, local or an address;
+            - a ``.tar``, with ``{000..007}`` braces or wildcards (of an address: ``*`` alone);
+            - ``pipe:COMMAND``, with braces;
+            - a ``.txt`` file with a shard a line (``#`` starts a comment), or a ``shards.json``, local or an address;
+              names in it are relative to its folder.
+        listing: how to look at places; none: as `mmd2v.data.places.Places` does.
+        absent: of local shards that a folder's manifest lists and that are not there: whether to leave them out, to
+            list them all the same, or to raise.
 
     Returns:
-        Paths, sorted within each item of the specification, items in their given order.
+        Paths and addresses, sorted within each item of the specification but a ``.txt``, items in their given order.
 
     Raises:
         UserError: a file or folder is missing, a wildcard matches nothing, or a shard is named twice.
     """
+    if listing is None:
+        from mmd2v.data.places import Places
+
+        listing = Places()
     items = [spec] if isinstance(spec, str) else list(spec)
     if not items:
         raise UserError("shards: found an empty list, expected at least one folder or .tar file")
     found: list[str] = []
     for item in items:
-        found += _expand_item(item)
-    seen: set[str] = set()
-    for path in found:
-        if path in seen:
-            raise UserError(f"shards: {path} is named twice in {items}")
-        seen.add(path)
+        found += _expand_item(item, listing, absent)
+    if len(set(found)) < len(found):
+        seen: set[str] = set()
+        for path in found:
+            if path in seen:
+                raise UserError(f"shards: {display(path)} is named twice in {items}")
+            seen.add(path)
     return found
 
 
-def _expand_item(item: str) -> list[str]:
-    if "://" in item:
-        raise UserError(f"shards: found the address {item}, expected a local path")
+def _expand_item(item: str, listing: Listing, absent: Absent) -> list[str]:
+    if is_remote(item):
+        names = _braces(item)
+        return sorted(address for name in names for address in _expand_address(name, listing))
     item = os.path.expanduser(item)
-    try:
-        names = [item] if os.path.exists(item) else list(braceexpand.braceexpand(item))
-    except ValueError as error:
-        raise UserError(f"shards: unbalanced braces in {item!r}: {error}") from None
+    if item.endswith((".txt", ".json")):
+        return _read_list(item, listing)
+    names = [item] if os.path.exists(item) else _braces(item)
     paths: list[str] = []
-    listing: dict[str, set[str]] = {}  # one listing a folder instead of a look-up a shard
+    listed: dict[str, set[str]] = {}  # one listing a folder instead of a look-up a shard
     for name in names:
         if os.path.isdir(name):
             inside = sorted(entry for entry in os.listdir(name) if entry.endswith(".tar"))
+            if absent != "ignore":
+                inside += _absent(name, inside, listing, absent)
             if not inside:
                 raise UserError(f"shards: folder {name} holds no .tar file")
             paths += [os.path.join(name, entry) for entry in inside]
@@ -71,15 +139,98 @@ def _expand_item(item: str) -> list[str]:
             paths += matches
             continue
         folder, base = os.path.split(name)
-        if folder not in listing:
+        if folder not in listed:
             if not os.path.isdir(folder or "."):
                 raise UserError(f"shards: {name} not found: there is no folder {folder}{_nearest_path(folder)}")
-            listing[folder] = set(os.listdir(folder or "."))
-        if base not in listing[folder]:
-            tars = [entry for entry in listing[folder] if entry.endswith(".tar")]
+            listed[folder] = set(os.listdir(folder or "."))
+        if base not in listed[folder]:
+            if absent == "keep" and base in (listing.manifest_names(folder) or []):
+                paths.append(name)
+                continue
+            tars = [entry for entry in listed[folder] if entry.endswith(".tar")]
             raise UserError(f"shards: {name} not found.{nearest(base, tars)}")
         paths.append(name)
     return sorted(paths)
+
+
+def _absent(folder: str, inside: list[str], listing: Listing, absent: Absent) -> list[str]:
+    """Names that the manifest of a folder lists and that are not in it; raises a UserError under ``refuse``."""
+    missing = sorted(set(listing.manifest_names(folder) or []).difference(inside))
+    if missing and absent == "refuse":
+        raise UserError(
+            f"shards: {folder} lacks {missing[0]}"
+            + (f" and {len(missing) - 1} further shards" if len(missing) > 1 else "")
+            + f" that its shards.json lists: is a copy of it incomplete? It holds {len(inside)} shards"
+        )
+    return missing
+
+
+def _braces(item: str) -> list[str]:
+    try:
+        return list(braceexpand.braceexpand(item))
+    except ValueError as error:
+        raise UserError(f"shards: unbalanced braces in {item!r}: {error}") from None
+
+
+def _expand_address(address: str, listing: Listing) -> list[str]:
+    if address.startswith(PIPE):
+        return [address]
+    _, name, _ = split_address(address)
+    if name.endswith(_COMPRESSED):
+        raise UserError(
+            f"shards: {display(address)} is compressed, expected an uncompressed .tar: samples are read by random "
+            "access. Unpack it on the way: pipe:curl -sfL ADDRESS | gzip -d"
+        )
+    if "*" in address:
+        matches = listing.matches(address)
+        if not matches:
+            raise UserError(f"shards: no file matches {display(address)}")
+        return matches
+    if name.endswith((".txt", ".json")):
+        return _read_list(address, listing)
+    if name.endswith(".tar"):
+        return [address]
+    return _remote_folder(address, listing)
+
+
+def _remote_folder(address: str, listing: Listing) -> list[str]:
+    """The shards of a remote folder: its manifest is one request, a listing may be hundreds."""
+    names = listing.manifest_names(address)
+    if names is None:
+        names = [name for name in listing.file_names(address) if name.endswith(".tar")]
+    if not names:
+        raise UserError(f"shards: folder {display(address)} holds no .tar file")
+    return [join_address(address, name) for name in names]
+
+
+def _read_list(path: str, listing: Listing) -> list[str]:
+    folder, name, query = split_address(path) if is_remote(path) else (*os.path.split(path), "")
+    if name.endswith(".json"):
+        names = listing.manifest_names(folder + query)
+        if names is None or name != "shards.json":
+            raise UserError(
+                f"shards: {display(path)} is no manifest, expected a shards.json as `mmd2v data pack` writes it, or a "
+                ".txt with a shard a line"
+            )
+        return sorted(join_address(folder + query, entry) for entry in names)
+    shards: list[str] = []
+    for line in listing.text(path).splitlines():
+        # A comment starts a line or follows a blank: addresses may hold a #.
+        entry = line.partition(" #")[0].strip()
+        if not entry or entry.startswith("#"):
+            continue
+        for shard in _braces(entry):
+            local = os.path.expanduser(shard)
+            shards.append(
+                shard if is_remote(shard) else local if os.path.isabs(local) else _beside(folder, local, query)
+            )
+    if not shards:
+        raise UserError(f"shards: {display(path)} names no shard")
+    return shards
+
+
+def _beside(folder: str, name: str, query: str) -> str:
+    return join_address(folder + query, name)
 
 
 def _nearest_path(path: str) -> str:

@@ -10,6 +10,7 @@ Shapes: R samples (rows) of one shard.
 
 from __future__ import annotations
 
+import json
 import os
 import tarfile
 from collections.abc import Iterable, Sequence
@@ -156,24 +157,41 @@ class ShardIndex:
     @classmethod
     def load(cls, index_path: str, path: str, *, name: str | None = None) -> ShardIndex:
         """Read an index file alone, without a look at the tar at ``path``."""
-        from safetensors import SafetensorError, safe_open
+        try:
+            with open(index_path, "rb") as handle:
+                data = handle.read()
+        except OSError as error:
+            raise Damage(DamageKind.SHARD_UNREADABLE, f"{index_path}: cannot be read: {error.strerror}") from None
+        return cls.from_bytes(data, index_path, path, name=name)
+
+    @classmethod
+    def from_bytes(cls, data: bytes, index_path: str, path: str, *, name: str | None = None) -> ShardIndex:
+        """Make an index of what an index file holds; raises as `open`."""
+        import safetensors
 
         try:
-            with safe_open(index_path, framework="numpy") as handle:
-                metadata = handle.metadata() or {}
-                spans, blob = handle.get_tensor("spans"), handle.get_tensor("keys").tobytes()
-            size = int(metadata[_SIZE])
-            if spans.dtype != np.int64 or spans.shape[1:] != (3, 2):
+            # safetensors checks the layout; its numpy front end copies and knows no metadata.
+            tensors = dict(safetensors.deserialize(data))
+            header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+            size = int(header["__metadata__"][_SIZE])
+            spans, blob = tensors["spans"], tensors["keys"]["data"]
+            if spans["dtype"] != "I64" or spans["shape"][1:] != [3, 2]:
                 raise ValueError("another version")
-            keys = Keys(blob, len(spans))
-        except OSError as error:
-            raise Damage(DamageKind.SHARD_UNREADABLE, f"{index_path}: cannot be read: {error}") from None
-        except (SafetensorError, KeyError, ValueError):
+            spans_R32 = np.frombuffer(spans["data"], np.int64).reshape(spans["shape"])
+            keys = Keys(bytes(blob), len(spans_R32))
+        except (safetensors.SafetensorError, KeyError, ValueError, TypeError):
             raise Damage(
                 DamageKind.SHARD_UNREADABLE,
                 f"{index_path}: not a shard index of this version; delete it to scan the shard",
             ) from None
-        return cls(path, keys, spans, size, name)
+        return cls(path, keys, spans_R32, size, name)
+
+    def to_bytes(self) -> bytes:
+        """What an index file holds."""
+        from safetensors.numpy import save
+
+        tensors = {"spans": np.ascontiguousarray(self.spans), "keys": np.frombuffer(self.keys.blob, np.uint8)}
+        return save(tensors, {_SIZE: str(self.size)})
 
     @classmethod
     def scan(cls, path: str, *, name: str | None = None, tolerant: bool = False) -> ShardIndex:
@@ -221,11 +239,8 @@ class ShardIndex:
 
     def write(self, path: str | None = None) -> None:
         """Write the index to ``path``; none: ``PATH.idx`` beside the tar."""
-        from safetensors.numpy import save_file
-
-        tensors = {"spans": np.ascontiguousarray(self.spans), "keys": np.frombuffer(self.keys.blob, np.uint8)}
         with atomic_path(self.path + INDEX_SUFFIX if path is None else path) as temporary:
-            save_file(tensors, temporary, {_SIZE: str(self.size)})
+            temporary.write_bytes(self.to_bytes())
 
     def where(self, row: int) -> str:
         """``"SHARD: sample KEY"``."""

@@ -105,7 +105,7 @@ def test_specifications(shards):
         ("{}/shard-{{0..", "unbalanced braces"),
         ("{}x", "not found"),
         ("{}/sub/a.tar", "there is no folder"),
-        ("s3://bucket/a.tar", "expected a local path"),
+        ("http://127.0.0.1/a.tar.gz", "is compressed, expected an uncompressed .tar"),
     ],
 )
 def test_bad_specifications(shards, spec, message):

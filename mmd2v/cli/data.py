@@ -6,14 +6,16 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import tyro
 from tyro.conf import Positional, arg
 
 from mmd2v.data.sources import FORMATS, Format
 from mmd2v.data.tokenizers import VocabularyKind
+from mmd2v.errors import UserError
 
+TokenizerKind = Literal["hf", "sentencepiece", "fairseq_gpt2"]
 _SHARDS_HELP = "A folder of .tar files, a path with {000..007} braces or wildcards; one or more."
 
 _FORMAT_HELP = "; ".join(
@@ -136,6 +138,82 @@ class Check:
 
 
 @dataclass(frozen=True)
+class Stats:
+    """Count images, captions, sizes and lengths; images are not decoded. Damage is counted, not an error."""
+
+    shards: Annotated[Positional[tuple[str, ...]], arg(metavar="SHARDS ...", help=_SHARDS_HELP)]
+    tokenizer: Annotated[Path | None, arg(metavar="PATH")] = None
+    """Count tokens too: file or folder of the tokenizer, as in data.tokenizer.path."""
+    kind: TokenizerKind = "hf"
+    """As in data.tokenizer.kind."""
+    max_length: int = 64
+    """Longest sequence, in tokens, special tokens included: how many captions would it cut?"""
+    picture: Annotated[Path | None, arg(metavar="FILE.png|.svg")] = None
+    """Draw histograms into this file."""
+    json: Annotated[Path | None, arg(metavar="FILE")] = None
+    """Write all numbers into this file."""
+
+    def run(self) -> int:
+        """Count, print the numbers, and write what was asked for."""
+        from mmd2v.config.schema import TokenizerConfig
+        from mmd2v.data.stats import data_stats
+        from mmd2v.files import check_output, write_json
+        from mmd2v.report.stats_picture import check_stats_picture, write_stats_picture
+
+        if self.max_length < 1:
+            raise UserError(f"--max-length: found {self.max_length}, expected at least 1")
+        if self.picture is not None:
+            check_stats_picture("--picture", self.picture)
+        if self.json is not None:
+            check_output("--json", self.json)
+        settings = None
+        if self.tokenizer is not None:
+            settings = TokenizerConfig(kind=self.kind, path=str(self.tokenizer), max_length=self.max_length)
+        stats = data_stats(self.shards, settings)
+        print(stats)
+        if self.json is not None:
+            write_json(self.json, stats.to_json())
+        if self.picture is not None:
+            write_stats_picture(self.picture, stats, _title(self.shards))
+        return 0
+
+
+@dataclass(frozen=True)
+class Show:
+    """Draw a contact sheet: some images, or texts, with their first captions. The same seed draws the same ones."""
+
+    shards: Annotated[Positional[tuple[str, ...]], arg(metavar="SHARDS ...", help=_SHARDS_HELP)]
+    out: Annotated[Path, arg(metavar="FILE.png")]
+    """Picture to write."""
+    count: int = 24
+    """Samples to show."""
+    seed: int = 0
+    """Which samples are drawn."""
+
+    def run(self) -> int:
+        """Draw and say how many of how many."""
+        from mmd2v.data.shards import ShardSet
+        from mmd2v.report.contact_sheet import draw_samples, write_sheet
+        from mmd2v.report.retrieval_picture import check_picture
+
+        if self.count < 1:
+            raise UserError(f"--count: found {self.count}, expected at least 1")
+        check_picture("--out", self.out)
+        shards = ShardSet(self.shards, tolerant=True)
+        cells = draw_samples(shards, self.count, self.seed)
+        shown = f"{len(cells):,} of {len(shards):,} samples"
+        write_sheet(self.out, cells, f"{_title(self.shards)}: {shown}")
+        print(f"{self.out}: {shown}")
+        return 0
+
+
+def _title(shards: Sequence[str]) -> str:
+    """What a picture calls some shards: where they are, short."""
+    first = "/".join(Path(shards[0]).parts[-2:])
+    return first if len(shards) == 1 else f"{first} and {len(shards) - 1} more"
+
+
+@dataclass(frozen=True)
 class Tokenizer:
     """Learn a vocabulary from the captions of some shards and write a Hugging Face tokenizer.json."""
 
@@ -199,6 +277,8 @@ _Commands = (
     Annotated[Pack, tyro.conf.subcommand("pack")]
     | Annotated[Synth, tyro.conf.subcommand("synth")]
     | Annotated[Check, tyro.conf.subcommand("check")]
+    | Annotated[Stats, tyro.conf.subcommand("stats")]
+    | Annotated[Show, tyro.conf.subcommand("show")]
     | Annotated[Tokenizer, tyro.conf.subcommand("tokenizer")]
     | Annotated[Bench, tyro.conf.subcommand("bench")]
 )

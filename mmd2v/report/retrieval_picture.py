@@ -7,15 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 
 import torch
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageDraw, ImageOps
 
 from mmd2v.data.pillow import upright_rgb
 from mmd2v.errors import UserError, nearest
 from mmd2v.files import atomic_path, check_output
+from mmd2v.report.lettering import font, wrap
 from mmd2v_kernels import cosine_topk
 
 _SCALE = 2
@@ -87,7 +87,7 @@ def draw_retrieval(rows: Sequence[PictureRow], title: str | None = None) -> Imag
     page = Image.new("RGB", (width * _SCALE, height * _SCALE), _PAPER)
     pen = ImageDraw.Draw(page)
     if title:
-        pen.text((_MARGIN * _SCALE, _MARGIN * _SCALE), title, fill=_INK, font=_font(_TITLE_SIZE, bold=True))
+        pen.text((_MARGIN * _SCALE, _MARGIN * _SCALE), title, fill=_INK, font=font(_TITLE_SIZE * _SCALE, bold=True))
     for number, row in enumerate(rows):
         top = _MARGIN + head + number * (_TILE + _SCORE_HEIGHT + _ROW_GAP)
         if isinstance(row.query, str):
@@ -143,40 +143,16 @@ def _outline(pen: ImageDraw.ImageDraw, left: int, top: int) -> None:
 def _write_below(pen: ImageDraw.ImageDraw, text: str, left: int, top: int, colour: str, bold: bool = False) -> None:
     """Centre a small line under a tile."""
     place = ((left + _TILE / 2) * _SCALE, (top + _OUTLINE + 4) * _SCALE)
-    pen.text(place, text, fill=colour, font=_font(_SCORE_SIZE, bold=bold), anchor="ma")
+    pen.text(place, text, fill=colour, font=font(_SCORE_SIZE * _SCALE, bold=bold), anchor="ma")
 
 
 def _write_query(pen: ImageDraw.ImageDraw, text: str, left: int, top: int, width: int) -> None:
     """Write the sentence in lines of at most ``width``, vertically centred on the row; what does not fit is cut."""
-    font = _font(_TEXT_SIZE)
-    lines = _wrap(text, font, width * _SCALE)
+    letters = font(_TEXT_SIZE * _SCALE)
+    lines = wrap(text, letters, width * _SCALE)
     most = _TILE // _LINE_HEIGHT
     if len(lines) > most:
         lines = [*lines[: most - 1], lines[most - 1].rstrip(" ,;") + " …"]
     first = top + (_TILE - len(lines) * _LINE_HEIGHT) / 2
     for number, line in enumerate(lines):
-        pen.text((left * _SCALE, (first + number * _LINE_HEIGHT) * _SCALE), line, fill=_INK, font=font)
-
-
-def _wrap(text: str, font: ImageFont.FreeTypeFont, width: float) -> list[str]:
-    lines: list[str] = []
-    for word in text.split():
-        # A word wider than a line is broken where it must be.
-        while font.getlength(word) > width:
-            fitting = next(n for n in range(len(word) - 1, 0, -1) if font.getlength(word[:n]) <= width)
-            lines.append(word[:fitting])
-            word = word[fitting:]
-        if lines and font.getlength(f"{lines[-1]} {word}") <= width:
-            lines[-1] = f"{lines[-1]} {word}"
-        else:
-            lines.append(word)
-    return lines
-
-
-@cache
-def _font(size: int, bold: bool = False) -> ImageFont.FreeTypeFont:
-    """DejaVu Sans as matplotlib ships it: the same letters on every machine."""
-    import matplotlib
-
-    name = "DejaVuSans-Bold.ttf" if bold else "DejaVuSans.ttf"
-    return ImageFont.truetype(str(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / name), size * _SCALE)
+        pen.text((left * _SCALE, (first + number * _LINE_HEIGHT) * _SCALE), line, fill=_INK, font=letters)

@@ -65,3 +65,48 @@ def test_errors_have_no_traceback(tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert done.stderr.startswith("error: ") and len(done.stderr.splitlines()) == 1
+
+
+def test_text_from_books_to_a_sheet(tmp_path, capsys):
+    (tmp_path / "books").mkdir()
+    (tmp_path / "books/a.txt").write_text("Some words of a book. " * 40)
+    out, numbers = str(tmp_path / "out"), tmp_path / "s.json"
+    assert main(["pack", str(tmp_path / "books"), "--out", out, "--passage-words", "50", "--limit", "3"]) == 0
+    assert "3 passages, 1 shards" in capsys.readouterr().out
+    assert main(["check", out]) == 0
+    assert "3 texts without image" in capsys.readouterr().out
+    picture = tmp_path / "s.svg"
+    assert main(["stats", out, "--json", str(numbers), "--picture", str(picture)]) == 0
+    assert json.loads(numbers.read_text())["caption_words"]["max"] == 50 and picture.exists()
+    assert "words a caption" in capsys.readouterr().out
+    assert main(["show", out, "--out", str(tmp_path / "sheet.png"), "--count", "2", "--seed", "5"]) == 0
+    assert "2 of 3 samples" in capsys.readouterr().out and (tmp_path / "sheet.png").exists()
+
+
+def test_statistics_of_real_captions(tmp_path, capsys, shared):
+    source = shared / "flickr8k"
+    images = str(source / "flickr8k_val_images_160px.tar")
+    command = ["pack", str(source / "flickr8k_val.json"), "--images", images, "--out", str(tmp_path / "val")]
+    assert main([*command, "--limit", "200", "--max-captions", "2"]) == 0
+    assert "200 images, 400 captions" in capsys.readouterr().out
+    tokenizer = str(shared / "teachers/minilm_l6_v2")
+    assert main(["stats", str(tmp_path / "val"), "--tokenizer", tokenizer, "--max-length", "16"]) == 0
+    out = capsys.readouterr().out
+    assert "tokens a caption" in out and "% of the captions are longer than 16 tokens" in out
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        (["stats", "X", "--picture", "p.bmp"], "--picture: p.bmp ends in '.bmp'"),
+        (["stats", "X", "--max-length", "0"], "--max-length: found 0"),
+        (["stats", "X", "--tokenizer", "none.json"], "none.json not found"),
+        (["show", "X", "--out", "p.txt"], "--out: p.txt ends in '.txt'"),
+        (["show", "X", "--out", "p.png", "--count", "0"], "--count: found 0"),
+    ],
+)
+def test_bad_flags(tmp_path, command, message):
+    main(["synth", "--out", str(tmp_path / "w"), "--count", "2", "--size", "16"])
+    with pytest.raises(UserError) as caught:
+        main([str(tmp_path / "w") if part == "X" else part for part in command])
+    assert message in str(caught.value)

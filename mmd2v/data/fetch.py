@@ -211,7 +211,7 @@ def retrying(attempt: Callable[[], Result], address: str, config: SourceConfig, 
                 ) from error
             if _is_final(error) or tries > config.retries:
                 times = f"{tries} attempts" if tries > 1 else "1 attempt"
-                reason = describe(error)
+                reason = describe(error, config.timeout)
                 raise Damage(
                     DamageKind.SHARD_UNREADABLE, f"{display(address)}: cannot be fetched ({times}): {reason}"
                 ) from error
@@ -220,14 +220,16 @@ def retrying(attempt: Callable[[], Result], address: str, config: SourceConfig, 
             raise Cancelled
 
 
-def describe(error: BaseException) -> str:
-    """Say in one line what an exception of a file system means."""
+def describe(error: BaseException, timeout: float) -> str:
+    """Say in one line what an exception of a file system means; ``timeout``: of the config, in seconds."""
+    if isinstance(error, (Stalled, TimeoutError)):
+        return f"no byte came for {timeout:g} s (data.source.timeout)"
     if isinstance(error, FileNotFoundError):
         return "there is no such file"
     if (status := _status(error)) is not None:
         return f"the server answered {status} {getattr(error, 'message', '')}".rstrip()
     text = " ".join(str(error).split())
-    if isinstance(error, (Incomplete, Stalled, PipeFailed)):
+    if isinstance(error, (Incomplete, PipeFailed)):
         return text
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
@@ -280,7 +282,7 @@ def _follow(
             last, since = now, time.monotonic()
             grew(now)
         elif time.monotonic() - since > timeout:
-            raise Stalled(f"no byte came for {timeout:g} s (data.source.timeout)")
+            raise Stalled
 
 
 def _size(path: str) -> int:

@@ -136,7 +136,7 @@ class Places:
             return retrying(call, address, self.config, threading.Event())
         except UserError as error:
             cause = error.__cause__
-            reason = describe(cause) if cause is not None else str(error)
+            reason = describe(cause, self.config.timeout) if cause is not None else str(error)
             raise UserError(f"shards: {display(address)}: {otherwise}: {reason}") from None
 
 

@@ -141,16 +141,15 @@ class RemoteShards:
 
     # -------------------------------------------------------------------------------- ahead of time
 
-    def prefetch(self, shards: Sequence[int]) -> None:
+    def prefetch(self, shards: Sequence[int]) -> bool:
         """Fetch these in the background, in this order; what an earlier call asked for and this one does not is let go.
 
-        Cheap when nothing changed.
+        Returns:
+            False when nothing changed, which is cheap.
         """
-        if self.config.prefetch == 0:
-            return
         with self._lock:
             if list(shards) == self._wanted:
-                return
+                return False
             self._wanted = list(shards)
             wanted = set(shards)
             self._passed.clear()  # there may be room now
@@ -164,6 +163,7 @@ class RemoteShards:
                 thread.start()
         for handle in unneeded:
             _close(handle)
+        return True
 
     def is_wanted(self, shard: int) -> bool:
         """Whether the last `prefetch` named this shard."""

@@ -197,8 +197,12 @@ class ShardSet:
 
         Each call replaces the one before; it is cheap when it names the same shards. Local shards need nothing.
         """
-        if self.is_remote and self.source.access == "cache":
-            self._remote.prefetch([shard for shard in shards if is_remote(self.paths[shard])])
+        if not self.is_remote or self.source.access != "cache":
+            return
+        if self._remote.prefetch([shard for shard in shards if is_remote(self.paths[shard])]):
+            # What is open cannot be evicted, not even for another process.
+            while self._release():
+                pass
 
     def read(self, shard: int, row: int, *, images: bool = True) -> RawSample:
         """Read one sample.
@@ -314,7 +318,7 @@ class ShardSet:
             where = display(self.paths[shard])
             raise UserError(
                 f"data.source.access: range needs an index beside each shard, as `mmd2v data pack` writes it, but "
-                f"there is no {where.rpartition('/')[2]}{INDEX_SUFFIX} beside {where}; use cache, or pack the data set again"
+                f"there is no {where.rpartition('/')[2]}{INDEX_SUFFIX} beside {where}; use cache, or pack again"
             )
         if 0 <= self._sizes[shard] != index.size:
             raise Damage(

@@ -118,7 +118,7 @@ def _portable_config(config: Config, tokenizer: Tokenizer | None, folder: Path) 
         for layer in config.model.layers
     ]
     teachers = {
-        name: teacher.model_copy(update={"name": _public_name(teacher.name)})
+        name: teacher.model_copy(update={"name": _public_name(teacher.name), "outputs": None})
         for name, teacher in config.teachers.items()
     }
     model = config.model.model_copy(update={"encoders": encoders, "layers": layers})

@@ -415,6 +415,11 @@ class TeacherConfig(Section):
     pooling: Literal["cls", "mean"] = Field(
         "cls", description="of a Hugging Face teacher: its first token or the mean over its real tokens"
     )
+    outputs: str | None = Field(
+        None,
+        description="folder that `mmd2v data annotate` wrote: training replays what it holds and does not load the "
+        "model, if that is what it would give in the whole run (else it runs, and a line says why)",
+    )
 
 
 class ObjectiveConfig(Section):

@@ -129,6 +129,24 @@ class Cursor:
         end = int(np.searchsorted(ends_S, self._starts_L[lane + 1], side="left")) + 1
         return [int(s) for s in order_S[begin : min(begin + count, end)] if self.counts_S[s]]
 
+    def shards_until(self, epoch: int, samples: int) -> set[int]:
+        """The shards in which the first ``samples`` samples of an epoch lie."""
+        batch = self._chunk * self.lanes
+        turns, within = divmod(min(samples, self._rounds * batch), batch)
+        rest = samples - min(samples, self._rounds * batch)
+        order_S, ends_S = self._epoch_order(epoch)
+        found: set[int] = set()
+        for lane in range(self.lanes):
+            places = turns * self._chunk + min(max(within - lane * self._chunk, 0), self._chunk)
+            before = int(self._rest_ends_L[lane - 1]) if lane else 0
+            places += min(max(rest - before, 0), int(self._rest_ends_L[lane]) - before)
+            place = 0
+            while place < places:
+                window = self._window(epoch, lane, place, order_S, ends_S)
+                found.update(np.unique(window.shards_R[: places - window.start]).tolist())
+                place = window.start + len(window.shards_R)
+        return found
+
     def _lane(self, offset: int) -> tuple[int, int]:
         """(lane, place in it) of an epoch's ``offset``-th sample: whole rounds over the lanes, then what is left."""
         batch = self._chunk * self.lanes

@@ -36,6 +36,8 @@ class DamageKind(StrEnum):
     """More pixels than the limit: a decompression bomb, most often."""
     BAD_LABELS = "bad_labels"
     """The labels that the config names are missing or of another form."""
+    NOT_ANNOTATED = "not_annotated"
+    """It was damaged when the outputs of a teacher were stored that are replayed now."""
 
 
 class Damage(UserError):

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from mmd2v.config.schema import AttributesConfig, Config
+from mmd2v.data.annotations import StoredOutputs
 from mmd2v.data.batch import Batch
 from mmd2v.data.tokenizers import Tokenizer
 
 
-def mock_batch(config: Config, tokenizer: Tokenizer | None, images: int, seed: int = 0) -> Batch:
-    """Return ``images`` random images with random captions of the greatest length, on the CPU.
+def mock_batch(
+    config: Config, tokenizer: Tokenizer | None, images: int, seed: int = 0, *, outputs: Sequence[StoredOutputs] = ()
+) -> Batch:
+    """Return ``images`` samples, on the CPU: random images (unless the run uses none) and captions of greatest length.
 
-    The greatest length, because the batch is to show how much memory a step can need.
+    The greatest length, because the batch is to show how much memory a step can need. Stored
+    ``outputs`` of teachers are zeros.
     """
     random = torch.Generator().manual_seed(seed)
-    size, each = config.data.image.size, config.data.captions_per_image
+    size, each = config.data.image.size if config.uses_images else 0, config.data.captions_per_image
     captions = images * each if tokenizer else 0
     length = tokenizer.max_length if tokenizer else 0
     ids = torch.zeros(0, dtype=torch.int32)
@@ -31,4 +37,5 @@ def mock_batch(config: Config, tokenizer: Tokenizer | None, images: int, seed: i
         caption_image=torch.arange(captions) // each,
         sample_ids=tuple(f"mock-{i}" for i in range(images)),
         labels=None if classes is None else torch.randint(0, 2, (images, classes), generator=random).float(),
+        teacher_outputs={key: value for stored in outputs for key, value in stored.zeros(images).items()},
     )

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from mmd2v.config.schema import Config
+from mmd2v.data.annotations import StoredOutputs
 from mmd2v.data.tokenizers import Tokenizer, load_tokenizer
 from mmd2v.distributed.environment import World
 from mmd2v.models.student import Student, build_student
@@ -12,6 +14,7 @@ from mmd2v.models.teachers import Teacher, build_teachers
 from mmd2v.objectives import build_objectives
 from mmd2v.train.engine import Engine, build_engine
 from mmd2v.train.module import TrainModule
+from mmd2v.train.replay import Source
 
 
 @dataclass(frozen=True)
@@ -21,22 +24,37 @@ class Parts:
     tokenizer: Tokenizer | None
     teachers: dict[str, Teacher]
     module: TrainModule
+    outputs: tuple[StoredOutputs, ...] = ()
+    """What the loader reads for the teachers that are replayed."""
 
     @property
     def student(self) -> Student:
         """The student, without the objectives."""
         return self.module.student
 
+    @property
+    def uses_images(self) -> bool:
+        """Whether the student or a teacher that runs sees images."""
+        replayed = {stored.teacher for stored in self.outputs}
+        live = [teacher for name, teacher in self.teachers.items() if name not in replayed]
+        return "image" in self.student.inputs.values() or any(teacher.modality == "image" for teacher in live)
+
     def engine(self, config: Config, world: World) -> Engine:
         """Hand the train module to DeepSpeed (once: from then on its parameters belong to the engine)."""
         return build_engine(config, world, self.module)
 
 
-def build_parts(config: Config, world: World) -> Parts:
-    """Build tokenizer, student, frozen teachers and objectives. Raises UserError for whatever does not fit."""
+def build_parts(config: Config, world: World, sources: Mapping[str, Source] | None = None) -> Parts:
+    """Build tokenizer, student, frozen teachers and objectives.
+
+    ``sources`` says which teachers are replayed, see `choose_sources`; none is without it. Raises UserError for
+    whatever does not fit.
+    """
     tokenizer = load_tokenizer(config.data.tokenizer) if config.data.tokenizer else None
     student = build_student(config, tokenizer)
-    teachers = build_teachers(config, world.device, tokenizer)
+    outputs = tuple(source.stored for source in (sources or {}).values() if source.stored is not None)
+    replayed = {stored.teacher: stored.annotation for stored in outputs}
+    teachers = build_teachers(config, world.device, tokenizer, replayed)
     objectives = build_objectives(config, student, teachers)
     autocast = config.engine.precision == "bf16_autocast"
-    return Parts(tokenizer, teachers, TrainModule(student, objectives, autocast))
+    return Parts(tokenizer, teachers, TrainModule(student, objectives, autocast), outputs)

@@ -5,17 +5,19 @@ Adding a kind of teacher is one file here and one line in ``TEACHERS``.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 
 from mmd2v.config.schema import Config, TeacherConfig
+from mmd2v.data.annotations import Annotation
 from mmd2v.data.tokenizers import Tokenizer
 from mmd2v.errors import UserError, unknown_name
 from mmd2v.models.teachers.base import Targets, Teacher
 from mmd2v.models.teachers.exported import ExportTeacher
 from mmd2v.models.teachers.hf import hf_teacher
+from mmd2v.models.teachers.replay import ReplayTeacher
 from mmd2v.models.teachers.timm import TimmTeacher
 
 TEACHERS: dict[str, Callable[[str, TeacherConfig, str], Teacher]] = {
@@ -35,13 +37,21 @@ def load(name: str, *, device: str | torch.device = "cpu", **options: Any) -> Te
     return _build(TeacherConfig(name=name, **options), torch.device(device), f"teacher {name}")
 
 
-def build_teachers(config: Config, device: torch.device, tokenizer: Tokenizer | None = None) -> dict[str, Teacher]:
-    """Load every teacher of a run onto ``device``.
+def build_teachers(
+    config: Config,
+    device: torch.device,
+    tokenizer: Tokenizer | None = None,
+    replayed: Mapping[str, Annotation] | None = None,
+) -> dict[str, Teacher]:
+    """Load every teacher of a run onto ``device``; those that are ``replayed`` from stored outputs are not loaded.
 
     Raises UserError for a name that does not exist, or a text teacher whose vocabulary is not the tokenizer's.
     """
-    teachers = {}
+    teachers: dict[str, Teacher] = {}
     for name, teacher_config in config.teachers.items():
+        if replayed and name in replayed:
+            teachers[name] = ReplayTeacher(name, teacher_config, replayed[name])
+            continue
         where = f"teachers.{name}.name"
         teacher = _build(teacher_config, device, where)
         if teacher.vocab_size is not None and tokenizer is not None and tokenizer.vocab_size > teacher.vocab_size:
@@ -67,4 +77,4 @@ def _build(config: TeacherConfig, device: torch.device, where: str) -> Teacher:
     return teacher.freeze(device)
 
 
-__all__ = ["TEACHERS", "Targets", "Teacher", "build_teachers", "load"]
+__all__ = ["TEACHERS", "ReplayTeacher", "Targets", "Teacher", "build_teachers", "load"]

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from mmd2v.config.schema import DataConfig
+from mmd2v.data.annotations import StoredOutputs
 from mmd2v.data.batch import Batch
 from mmd2v.data.cursor import Position
 from mmd2v.data.damage import Damage, DamagedSample, DamageKind
@@ -95,6 +96,8 @@ class Collate:
     tolerant: bool = False
     """Give damaged samples weight 0 instead of raising."""
     states: WorkerStates | None = None
+    outputs: Sequence[StoredOutputs] = ()
+    """Teachers' stored outputs that go into the batch."""
 
     def __post_init__(self) -> None:
         self._label_width: int | None = None
@@ -134,6 +137,7 @@ class Collate:
         self._enter(Stage.TOKENIZING)
         empty = np.zeros(0, np.int32)
         ids_S, lengths_N = (empty, empty) if self.tokenizer is None else self.tokenizer.encode_batch(texts)
+        places = [None if row in damaged else sample.place for row, sample in enumerate(samples)]
         weights = None
         if self.tolerant:
             weights = torch.ones(len(samples))
@@ -147,6 +151,7 @@ class Collate:
             labels=None if self.labels is None else self._label_matrix(labels),
             weights=weights,
             damaged=tuple(damaged.values()),
+            teacher_outputs={key: value for stored in self.outputs for key, value in stored.read(places).items()},
         )
 
     def _fill(self, images: torch.Tensor, row: int, sample: FetchedSample) -> tuple[Sequence[str], list[float] | None]:
@@ -167,6 +172,8 @@ class Collate:
         if self.images:
             self._check_size(raw)
             images[row] = self.view.image(raw, sample.place.epoch)
+        for stored in self.outputs:
+            stored.check(sample.place, raw.id)
         return captions, label
 
     def _check_size(self, raw: RawSample) -> None:

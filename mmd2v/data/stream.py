@@ -12,11 +12,13 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import groupby, islice
+from typing import NamedTuple
 
 from webdataset import DataPipeline
 
 from mmd2v.config.schema import DataConfig, ShardsConfig, SourceConfig, TrainSetConfig
+from mmd2v.data.annotations import StoredOutputs
 from mmd2v.data.collate import Collate, EvalView, FetchedSample, TrainView
 from mmd2v.data.cursor import Cursor, Position, micro_batches
 from mmd2v.data.loader import Loader, report_errors, worker_share
@@ -87,6 +89,7 @@ def train_loader(
     accumulation: int = 1,
     start_index: int = 0,
     images: bool = True,
+    outputs: Sequence[StoredOutputs] = (),
     pin_memory: bool | None = None,
 ) -> Loader:
     """Micro-batches of one rank, without end, from a global sample index on.
@@ -101,6 +104,7 @@ def train_loader(
         accumulation: micro-batches of a step, a; a step takes G = W·m·a samples, the same ones for any W at equal G.
         start_index: global index of the first sample: 0, or steps · G to resume.
         images: whether images are read; without, samples need none.
+        outputs: stored outputs of teachers that go into the batches.
         pin_memory: pin the batches; None: when there is a CUDA device.
 
     Raises:
@@ -114,12 +118,15 @@ def train_loader(
         )
     tolerant = config.damage.limit > 0
     together = Cursor.lanes_together(config.lanes, step // config.lanes or 1, micro_batch_size)
+    # A batch may straddle two windows of shards in each lane it touches.
+    cache = 2 * config.shuffle_shards * together
+    for stored in outputs:
+        stored.keep_open(cache * len(config.train.named_sets))
     sets = [
-        # A batch may straddle two windows of shards in each lane it touches.
         ShardSet(
             one.shards,
             one.limit,
-            cache=2 * config.shuffle_shards * together,
+            cache=cache,
             source=config.source,
             tolerant=tolerant,
         )
@@ -132,7 +139,7 @@ def train_loader(
     states = WorkerStates(config.workers)
     positions = _TrainPositions(order, sets, config.shuffle_shards, start_index, rank, world_size, micro_batch_size)
     fetch = _Fetch(sets, list(config.train.named_sets), images, tolerant, states)
-    collate = Collate(TrainView(config, seed), tokenizer, config.labels, images, tolerant, states)
+    collate = Collate(TrainView(config, seed), tokenizer, config.labels, images, tolerant, states, outputs)
     return Loader(
         DataPipeline(positions, fetch, collate, report_errors),
         config,
@@ -140,6 +147,60 @@ def train_loader(
         states=states,
         shard_name=lambda set_, shard: sets[set_].paths[shard],
         order=order,
+        rank=rank,
+        pin_memory=pin_memory,
+    )
+
+
+class ShardPass(NamedTuple):
+    """All samples of a shard in file order, as training sees them in an epoch."""
+
+    set: int
+    shard: int
+    epoch: int
+
+
+def annotation_loader(
+    config: DataConfig,
+    sets: Sequence[ShardSet],
+    passes: Sequence[ShardPass],
+    *,
+    seed: int,
+    tokenizer: Tokenizer | None,
+    batch_size: int,
+    images: bool = True,
+    rank: int = 0,
+    pin_memory: bool | None = None,
+) -> Loader:
+    """Go through shards in file order, with what training makes of each sample; a batch is of one pass alone.
+
+    Args:
+        config: the data section of a run.
+        sets: the opened data sets of ``config.train``, in their order.
+        passes: what to go through, in this order.
+        seed: of the run.
+        tokenizer: None leaves the text of the batches empty.
+        batch_size: samples of a batch; the last one of a pass may have fewer.
+        images: whether images are read; without, samples need none.
+        rank: this rank, for messages.
+        pin_memory: pin the batches; None: when there is a CUDA device.
+
+    Raises:
+        UserError: as `train_loader`.
+    """
+    tolerant = damage_allowed(config, sum(map(len, sets))) > 0
+    for shards in sets:
+        shards.tolerant = tolerant
+    positions = _PassPositions(sets, passes, batch_size)
+    states = WorkerStates(config.workers)
+    fetch = _Fetch(sets, [""] * len(sets), images, tolerant, states)
+    collate = Collate(TrainView(config, seed), tokenizer, None, images, tolerant, states)
+    return Loader(
+        DataPipeline(positions, fetch, collate, report_errors),
+        config,
+        positions.batches,
+        states=states,
+        shard_name=lambda set_, shard: sets[set_].paths[shard],
         rank=rank,
         pin_memory=pin_memory,
     )
@@ -223,6 +284,37 @@ class _TrainPositions:
         for set_, shards in enumerate(self.sets):
             if getattr(shards, "is_remote", False):
                 shards.prefetch([shard for of, shard in found if of == set_])
+
+
+@dataclass(frozen=True)
+class _PassPositions:
+    """First stage where shards are gone through one by one: this worker's share of the batches of all passes."""
+
+    sets: Sequence[ShardSet]
+    passes: Sequence[ShardPass]
+    batch_size: int
+
+    @property
+    def batches(self) -> int:
+        """Batches of all workers together."""
+        return sum(math.ceil(int(self.sets[set_].counts[shard]) / self.batch_size) for set_, shard, _ in self.passes)
+
+    def __call__(self) -> Iterator[list[Position]]:
+        worker, workers = worker_share()
+        for number, start in islice(self._starts(), worker, None, workers):
+            set_, shard, epoch = self.passes[number]
+            shards = self.sets[set_]
+            if getattr(shards, "is_remote", False):
+                ahead = self.passes[number : number + _FETCHED_AHEAD]
+                shards.prefetch([later.shard for later in ahead if later.set == set_])
+            rows = range(start, min(start + self.batch_size, int(shards.counts[shard])))
+            yield [Position(epoch, shard, row, set_) for row in rows]
+
+    def _starts(self) -> Iterator[tuple[int, int]]:
+        """(number of a pass, first row) of every batch."""
+        for number, (set_, shard, _) in enumerate(self.passes):
+            for start in range(0, int(self.sets[set_].counts[shard]), self.batch_size):
+                yield number, start
 
 
 @dataclass(frozen=True)

@@ -70,7 +70,7 @@ class Options:
     """Store the tokens too, of teachers of images."""
     dtype: StoredDtype = "fp32"
     batch_size: int = 128
-    """Samples of a rank's forward pass."""
+    """Samples of a rank's forward pass; kernels round by it."""
 
 
 class _Task(NamedTuple):

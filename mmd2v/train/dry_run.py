@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
+from contextlib import suppress
 from dataclasses import dataclass
 
 import torch
@@ -27,10 +28,10 @@ from mmd2v.train.evaluation import check_evaluation
 from mmd2v.train.metrics import LossMeter, memory_gigabytes
 from mmd2v.train.mock import mock_batch
 from mmd2v.train.parts import Parts, build_parts
+from mmd2v.train.replay import Source, choose_sources
 from mmd2v.train.schedule import build_schedule
 
 MB = 1e6
-_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 _WIDTH = 120  # columns where the output is no terminal
 
 
@@ -50,11 +51,14 @@ def dry_run(config: Config) -> None:
     console.rule("batches")
     console.print(_describe_batches(config, plan), markup=False, soft_wrap=True)
 
-    parts = on_every_rank(lambda: build_parts(config, world))
+    sources = from_main_rank(lambda: _choose_sources(config, plan, world))
+    parts = on_every_rank(lambda: build_parts(config, world, sources))
     on_every_rank(lambda: check_evaluation(config, parts.student))
     console.rule("parameters")
     console.print(parameter_table(parts))
-    batch = mock_batch(config, parts.tokenizer, plan.micro_batch)
+    for source in sources.values():
+        console.print(source.said, markup=False, soft_wrap=True)
+    batch = mock_batch(config, parts.tokenizer, plan.micro_batch, outputs=parts.outputs)
     console.rule("memory of a rank, estimated")
     console.print(_memory_table(estimate_memory(config, parts, batch, world.size)))
 
@@ -62,6 +66,14 @@ def dry_run(config: Config) -> None:
     engine = parts.engine(config, world)
     console.print(f"optimiser: {engine.description}", markup=False, soft_wrap=True)
     console.print(_mock_step(config, world, parts, engine, plan, batch), markup=False, soft_wrap=True)
+
+
+def _choose_sources(config: Config, plan: BatchPlan, world: World) -> dict[str, Source]:
+    steps = config.steps or 1  # what is not known (the batches above say so) cannot keep a teacher from its outputs
+    if config.steps is None and config.data.batch_tokens is None:
+        with suppress(UserError):
+            steps = total_steps(config, plan, dataset_size(config.data.train, config.data.source))
+    return choose_sources(config, plan, steps, world.device)
 
 
 # ------------------------------------------------------------------------------------------- batches
@@ -157,7 +169,7 @@ def estimate_memory(config: Config, parts: Parts, batch: Batch, ranks: int) -> M
         weights=(trainable + frozen) * size / share[2],
         gradients=trainable * size / share[1],
         optimizer=trainable * (12 if half else 8) / share[0],
-        teachers=sum(t.parameter_count * _BYTES[config.teachers[name].precision] for name, t in parts.teachers.items()),
+        teachers=sum(teacher.parameter_count * teacher.dtype.itemsize for teacher in parts.teachers.values()),
         activations=tokens * layer_values * config.model.width * (4 if engine.precision == "fp32" else 2),
     )
 

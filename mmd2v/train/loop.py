@@ -37,6 +37,7 @@ from mmd2v.train.evaluation import check_evaluation, evaluate, recall_line
 from mmd2v.train.finite import check_weights
 from mmd2v.train.metrics import METRICS_FILE, LossMeter, Reporter, Stopwatch, is_evaluated, memory_gigabytes
 from mmd2v.train.parts import Parts, build_parts
+from mmd2v.train.replay import Source, choose_sources
 from mmd2v.train.run_dir import config_changes, describe_run
 from mmd2v.train.schedule import Schedule, build_schedule
 
@@ -76,7 +77,8 @@ class Run:
         from_main_rank(lambda: restore_replaced(self.run_dir))
         start: Path | None = from_main_rank(lambda: find_checkpoint(self.run_dir, resume))
 
-        self.parts: Parts = on_every_rank(lambda: build_parts(config, world))
+        sources: dict[str, Source] = from_main_rank(lambda: choose_sources(config, self.plan, self.steps, world.device))
+        self.parts: Parts = on_every_rank(lambda: build_parts(config, world, sources))
         on_every_rank(lambda: check_evaluation(config, self.parts.student))
         self.engine: Engine = self.parts.engine(config, world)
         self.step, self.sample_index = 0, 0
@@ -96,7 +98,7 @@ class Run:
         self.trace = Trace(config.data.trace, world.rank, self.step) if config.data.trace else None
         self.copy = DeviceCopy(world.device)
         self._working, self._reported = 0.0, self.step
-        self._announce(start, branch)
+        self._announce(start, branch, sources)
         if changes:
             self.reporter.say("changed since the run was started:\n  " + "\n  ".join(changes))
 
@@ -179,7 +181,8 @@ class Run:
             micro_batch_size=self.plan.micro_batch,
             accumulation=self.plan.accumulation,
             start_index=self.sample_index,
-            images=self.config.uses_images,
+            images=self.parts.uses_images,
+            outputs=self.parts.outputs,
         )
 
     def _report(self) -> None:
@@ -231,10 +234,12 @@ class Run:
         yield
         self.stopwatch.paused(time.perf_counter() - start)
 
-    def _announce(self, start: Path | None, branch: str | None) -> None:
+    def _announce(self, start: Path | None, branch: str | None, sources: dict[str, Source]) -> None:
         device = f"{self.world.device.type}, {self.config.engine.precision}, ZeRO-{self.config.engine.zero_stage}"
         self.reporter.say(f"run {self.config.name} on {device}: {self.plan}, {self.steps} steps")
         self.reporter.say(f"optimiser: {self.engine.description}")
+        for source in sources.values():
+            self.reporter.say(source.said)
         if start is not None:
             self.reporter.say(f"continuing from {start} at step {self.step}")
         if branch is not None:

@@ -67,7 +67,10 @@ def test_machine_paths_of_data_and_teachers_stay_at_home(tmp_path):
         tmp_path,
         data__train={"shards": [str(tmp_path / "flickr8k" / "train")]},
         data__eval={"shards": str(tmp_path / "flickr8k" / "val")},
-        teachers={"seen": {"name": f"timm:test_resnet@{tmp_path / 'w.safetensors'}"}, "hub": {"name": "hf:org/name"}},
+        teachers={
+            "seen": {"name": f"timm:test_resnet@{tmp_path / 'w.safetensors'}", "outputs": str(tmp_path / "stored")},
+            "hub": {"name": "hf:org/name"},
+        },
     )
     training = Training(step=1200, samples=76800, metrics={"i2t_R@1": 0.185, "images": 1000, "captions": 5000})
     write_export(tmp_path / "export", student, config, tokenizer, training)

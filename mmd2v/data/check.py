@@ -13,7 +13,8 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from mmd2v.data.draws import words
-from mmd2v.data.packing import ordered_map
+from mmd2v.data.image_header import check_pixels
+from mmd2v.data.packing import MAX_PIXELS, ordered_map
 from mmd2v.data.shards import INDEX_SUFFIX, MANIFEST_NAME, ManifestEntry, ShardIndex, expand_shards, read_manifest
 from mmd2v.data.transforms import decode_image
 from mmd2v.errors import UserError
@@ -138,6 +139,7 @@ def _check_shard(path: str, report: CheckReport, imageless: _Imageless, workers:
             sample = index.read(row, handle, images=bool(has_image[row]))
             sample_id, captions = sample.id, len(sample.captions)
             if sample.image is not None:
+                check_pixels(sample.image, MAX_PIXELS, sample.where)
                 decode_image(sample.image, sample.where)
         except UserError as error:
             return sample_id, captions, str(error)

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import struct
 
+from mmd2v.data.damage import Damage, DamageKind
+
 _PNG_START = b"\x89PNG\r\n\x1a\n"
 _JPEG_START = b"\xff\xd8"
 _LONELY = frozenset([0x01, *range(0xD0, 0xD9)])  # JPEG markers without a length: TEM, RST0–7, SOI
@@ -35,6 +37,18 @@ def image_size(data: bytes | memoryview) -> tuple[int, int] | None:
     else:
         return None
     return size if size is not None and min(size) > 0 else None
+
+
+def check_pixels(data: bytes | memoryview, most: int, where: str) -> None:
+    """Refuse an image of more than ``most`` pixels by its header, before memory is taken for any of them.
+
+    Raises:
+        Damage: it has more; starts with ``where``.
+    """
+    size = image_size(data)
+    if size is not None and size[0] * size[1] > most:
+        found = f"found an image of {size[1]:,} × {size[0]:,} pixels"
+        raise Damage(DamageKind.IMAGE_TOO_LARGE, f"{where}: {found}, expected at most {most:,} pixels")
 
 
 def _jpeg(data: bytes | memoryview) -> tuple[int, int] | None:

@@ -17,8 +17,10 @@ import torchvision
 from torchvision.io import encode_jpeg
 
 from mmd2v import __version__
+from mmd2v.config.schema import DamageConfig
 from mmd2v.data.captions import check_captions
 from mmd2v.data.damage import Damage, DamageKind
+from mmd2v.data.image_header import check_pixels
 from mmd2v.data.partial import PackState, PartialFolder
 from mmd2v.data.shards import ManifestEntry
 from mmd2v.data.sources import Format, Record, Source, SourceOptions, open_source
@@ -32,10 +34,20 @@ from mmd2v.progress import Progress
 logger = logging.getLogger(__name__)
 
 JPEG_QUALITY = 95  # of images that must be encoded again: resized ones, and those that were no JPEG
+MAX_PIXELS: int = DamageConfig.model_fields["max_pixels"].default
 _JPEG_START = b"\xff\xd8"
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
+
+
+class Encoding(NamedTuple):
+    """How images are stored."""
+
+    resize: int | None
+    """Pixels of the shorter side at most."""
+    max_pixels: int
+    """Larger images are damage."""
 
 
 class Sample(NamedTuple):
@@ -87,6 +99,7 @@ def pack(
     max_captions: int | None = None,
     passage_words: int | None = None,
     limit: int | None = None,
+    max_pixels: int | None = None,
     skip_bad: bool = False,
     workers: int | None = None,
 ) -> PackReport:
@@ -108,6 +121,7 @@ def pack(
         max_captions: take the first captions of an image alone.
         passage_words: most words of a passage (text).
         limit: write the first samples alone.
+        max_pixels: images of more count as damaged (decompression bombs); none: as many as training takes by default.
         skip_bad: leave damaged samples out and count them, instead of stopping at the first.
         workers: threads that decode; none: one a core.
 
@@ -116,7 +130,7 @@ def pack(
             shards are kept then.
     """
     bounds = {"--shard-size": shard_size, "--resize": resize, "--max-captions": max_captions, "--limit": limit}
-    for flag, value in {**bounds, "--passage-words": passage_words}.items():
+    for flag, value in {**bounds, "--passage-words": passage_words, "--max-pixels": max_pixels}.items():
         if value is not None and value < 1:
             raise UserError(f"{flag}: found {value}, expected at least 1")
     check_new_folder(out)
@@ -136,6 +150,7 @@ def pack(
         "--max-captions": max_captions,
         "--passage-words": passage_words,
         "--limit": limit,
+        "--max-pixels": max_pixels,
         "--skip-bad": skip_bad,
         # What the bytes depend on besides: texts are cut by the one, images encoded by the other.
         "mmd2v": __version__,
@@ -146,9 +161,11 @@ def pack(
     except OSError as error:
         raise UserError(f"{out}: cannot be written: {disk_message(error)}") from None
 
+    encoding = Encoding(resize, MAX_PIXELS if max_pixels is None else max_pixels)
+
     def prepare(record: Record) -> Sample | Damage:
         try:
-            return _sample(record, opened, resize, max_captions)
+            return _sample(record, opened, encoding, max_captions)
         except Damage as damage:
             if not skip_bad:
                 raise stops(damage) from None
@@ -219,7 +236,7 @@ def _write(
     return state
 
 
-def _sample(record: Record, source: Source, resize: int | None, max_captions: int | None) -> Sample:
+def _sample(record: Record, source: Source, encoding: Encoding, max_captions: int | None) -> Sample:
     """Read, check and encode a record; runs in any thread. Raises `Damage`."""
     if record.damage is not None:
         raise record.damage
@@ -232,7 +249,7 @@ def _sample(record: Record, source: Source, resize: int | None, max_captions: in
     captions = list(check_captions(record.captions, where))[:max_captions]
     if record.read is None:
         return Sample(record.id, None, {"captions": captions, **record.extras})
-    jpeg, height, width = _as_jpeg(record.read(), resize, where)
+    jpeg, height, width = _as_jpeg(record.read(), encoding, where)
     return Sample(record.id, jpeg, {"captions": captions, "width": width, "height": height, **record.extras})
 
 
@@ -289,10 +306,11 @@ def encode(image: torch.Tensor) -> bytes:
     return encode_jpeg(image.contiguous(), quality=JPEG_QUALITY).numpy().tobytes()
 
 
-def _as_jpeg(data: bytes, resize: int | None, where: str) -> tuple[bytes, int, int]:
+def _as_jpeg(data: bytes, encoding: Encoding, where: str) -> tuple[bytes, int, int]:
     """Return (JPEG bytes, height, width); a JPEG that keeps its size is not encoded again."""
+    check_pixels(data, encoding.max_pixels, where)
     image = decode_image(data, where)
-    smaller = image if resize is None else shrink(image, resize)
+    smaller = image if encoding.resize is None else shrink(image, encoding.resize)
     if smaller is not image or not data.startswith(_JPEG_START):
         data = encode(smaller)
     return data, smaller.shape[1], smaller.shape[2]

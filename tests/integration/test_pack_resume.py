@@ -180,7 +180,7 @@ def test_bad_input_leaves_nothing(source, tmp_path):
 def test_an_interrupt_before_the_first_shard_leaves_nothing(source, tmp_path, monkeypatch):
     before = leftovers(tmp_path)
 
-    def interrupted(data, resize, where):
+    def interrupted(data, encoding, where):
         raise KeyboardInterrupt
 
     monkeypatch.setattr("mmd2v.data.packing._as_jpeg", interrupted)

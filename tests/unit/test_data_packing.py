@@ -208,6 +208,34 @@ def test_image_that_does_not_decode(tmp_path):
     assert "image 2.jpg: the image does not decode" in error(source, tmp_path, images=images)
 
 
+def bomb(side):
+    """A valid PNG of a few hundred bytes that would decode to ``side``² pixels."""
+    import io
+
+    from PIL import Image
+
+    data = io.BytesIO()
+    Image.new("1", (side, side)).save(data, "PNG")
+    return data.getvalue()
+
+
+def test_bombs_are_refused_before_they_are_decoded(tmp_path, monkeypatch):
+    source, images = flickr(tmp_path)
+    (images / "2.jpg").write_bytes(bomb(12_000))
+
+    def careful(data, where):
+        assert data != bomb(12_000)
+        return decode_image(data, where)
+
+    monkeypatch.setattr("mmd2v.data.packing.decode_image", careful)
+    message = error(source, tmp_path, images=images, workers=1)
+    assert "image 2.jpg: found an image of 12,000 × 12,000 pixels, expected at most 100,000,000 pixels" in message
+    monkeypatch.undo()
+    report = pack(source, tmp_path / "out", images=images, skip_bad=True)
+    assert report.samples == 3 and report.skipped == {"image_too_large": 1}
+    assert "found an image of 48 × 40" in error(source, tmp_path / "out", images=images, max_pixels=48 * 40 - 1)
+
+
 def test_names_that_lead_out_of_the_folder_are_absent(tmp_path):
     (tmp_path / "secret.jpg").write_bytes(encoded(0))
     (tmp_path / "images").mkdir()

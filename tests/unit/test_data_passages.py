@@ -81,7 +81,7 @@ def test_what_has_no_words_is_no_text():
     assert caught.value.kind is DamageKind.CAPTION_TOO_LONG and str(caught.value).startswith("corpus: ")
 
 
-def test_a_document_of_any_length_takes_the_memory_of_two_passages():
+def test_a_document_of_any_length_takes_little_memory():
     import tracemalloc
 
     def pieces():

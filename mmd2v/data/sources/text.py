@@ -109,7 +109,7 @@ class Text(Source):
         except Damage as damage:
             yield Record(name, None, [], damage=damage)
 
-    def _document(self, name: str, words: Iterable[str | None]) -> Iterator[Record]:
+    def _document(self, name: str, words: Iterable[list[str] | None]) -> Iterator[Record]:
         for number, passage in enumerate(passages(words, self._words)):
             yield Record(f"{name}-{number:06d}", None, [passage])
 
@@ -167,8 +167,8 @@ def _decoded(stream: IO[bytes], where: str) -> Iterator[str]:
         raise Damage(DamageKind.SHARD_TRUNCATED, f"{where}: cannot be read to its end: {error}") from None
 
 
-def words_of(pieces: Iterable[str], where: str) -> Iterator[str | None]:
-    """Split text that comes in pieces into words, with None where a blank line ends a paragraph.
+def words_of(pieces: Iterable[str], where: str) -> Iterator[list[str] | None]:
+    """Split text that comes in pieces into words, some at a time, with None where a blank line ends a paragraph.
 
     Raises:
         Damage: a word has no end; starts with ``where``.
@@ -187,8 +187,8 @@ def words_of(pieces: Iterable[str], where: str) -> Iterator[str | None]:
     yield from _split(rest)
 
 
-def _split(text: str) -> Iterator[str | None]:
+def _split(text: str) -> Iterator[list[str] | None]:
     for number, paragraph in enumerate(_BLANK_LINE.split(text)):
         if number:
             yield None
-        yield from paragraph.split()
+        yield paragraph.split()

@@ -238,20 +238,18 @@ def write_csv(path: Path, rows: list[list[Any]]) -> None:
 def summary(options: Options, results: Results, machine: Sequence[str], versions: dict[str, str]) -> dict[str, Any]:
     by_set = {}
     for name in options.sets:
-        ours, peer = (
-            median(results.values["loader", provider, "whole loader", name, RATE])
-            for provider in ("mmd2v", "open_clip")
-        )
+        ratios = {}
+        for clock, values in (("", results.values), (" by processor time", results.per_processor)):
+            ours, peer = (median(values["loader", who, "whole loader", name, RATE]) for who in ("mmd2v", "open_clip"))
+            bare = median(values["stage", "torchvision", "decode", name, RATE])
+            ratios[f"mmd2v / open_clip{clock}"] = round(ours / peer, 3)
+            ratios[f"mmd2v / bare decode{clock}"] = round(ours / bare, 3)
+            ratios[f"open_clip / bare decode{clock}"] = round(peer / bare, 3)
         before, after = (
             results.values["memory", "mmd2v", f"after {n} passes over {PASS_SAMPLES} samples", name, "MB"][0]
             for n in (2, PASSES)
         )
-        by_set[name] = {
-            "mmd2v / open_clip": round(ours / peer, 3),
-            "mmd2v / bare decode": round(ours / results.bare(name), 3),
-            "open_clip / bare decode": round(peer / results.bare(name), 3),
-            f"memory after {PASSES} passes / after 2": round(after / before, 4),
-        }
+        by_set[name] = {**ratios, f"memory after {PASSES} passes / after 2": round(after / before, 4)}
     return {
         "result": by_set,
         "settings": {
@@ -303,7 +301,9 @@ def table(results: Results, sets: Sequence[str]) -> str:
         lines.append(f"{name}:")
         for key, values in results.values.items():
             if key[3] == name:
-                lines.append(f"  {key[0]:<12} {key[1]:<12} {key[2]:<34} {median(values):>10,.1f} {key[4]}")
+                line = f"  {key[0]:<12} {key[1]:<12} {key[2]:<34} {median(values):>10,.1f} {key[4]}"
+                timed = results.per_processor.get(key)
+                lines.append(line + (f" ({median(timed):,.1f} a second of processor time)" if timed else ""))
     return "\n".join(lines)
 
 

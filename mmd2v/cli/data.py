@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
 from tyro.conf import Positional, arg
 
+from mmd2v.config.load import split_overrides
 from mmd2v.data.sources import FORMATS, Format
 from mmd2v.data.tokenizers import VocabularyKind
 from mmd2v.errors import UserError
@@ -245,6 +246,104 @@ class Tokenizer:
 
 
 @dataclass(frozen=True)
+class Lengths:
+    """Count the tokens of every text, which training in batches of tokens (data.batch_tokens) needs; resumable.
+
+    Writes a small file a shard, NAME.tar.FINGERPRINT.lengths, that belongs to this tokenizer. Counts are without
+    special tokens and before truncation, so that they serve every max_length.
+    """
+
+    shards: Annotated[Positional[tuple[str, ...]], arg(metavar="SHARDS ...", help=_SHARDS_HELP)]
+    tokenizer: Annotated[Path, arg(metavar="PATH")]
+    """File or folder of the tokenizer, as in data.tokenizer.path."""
+    kind: TokenizerKind = "hf"
+    """As in data.tokenizer.kind."""
+    max_length: int = 64
+    """Only to say how many texts it cuts, special tokens included."""
+    out: Annotated[str | None, arg(metavar="DIR")] = None
+    """Folder of the files, which the config then names as data.lengths_dir; by default beside the shards or, where
+    these cannot be written, in the cache folder of this machine."""
+    workers: int | None = None
+    """Processes; by default one for each core."""
+
+    def run(self) -> int:
+        """Count and print totals."""
+        from mmd2v.config.schema import TokenizerConfig
+        from mmd2v.data.token_lengths import write_lengths
+
+        if self.max_length < 1:
+            raise UserError(f"--max-length: found {self.max_length}, expected at least 1")
+        settings = TokenizerConfig(
+            kind=self.kind, path=str(self.tokenizer), max_length=self.max_length, append_end=False
+        )
+        print(write_lengths(self.shards, settings, out=self.out, workers=self.workers))
+        return 0
+
+
+@dataclass(frozen=True)
+class Annotate:
+    """Run the frozen teachers of a run over its training shards once and store their outputs, so that training replays
+    them (teachers.NAME.outputs: OUT) instead of loading and running the teachers; the losses are the same.
+
+    One file a shard and epoch, of every crop, flip and choice of captions that the run will draw; a single one for all
+    epochs where nothing is drawn: for images crop_scale (1, 1) and flip 0 or 1, for text captions_per_image equal to
+    (or a multiple of) the captions of each image. A run with other teachers, images, captions or seed runs its
+    teachers itself and says what differs.
+
+    Interrupted (Ctrl-C, kill), the same command goes on behind the last finished file. Runs alone, or under a launcher:
+    deepspeed --num_accelerators 2 --module mmd2v data annotate CONFIG.yaml --out OUT. Any key of the config can be set
+    as in `mmd2v train`: --data.workers 4. A rank holds the outputs of one shard in memory.
+    """
+
+    config: Annotated[Positional[str], arg(metavar="CONFIG.yaml")]
+    """YAML file that describes the run."""
+    out: Path
+    """Folder to write to; the outputs of a teacher go to OUT/NAME."""
+    epochs: Annotated[int | None, arg(metavar="N")] = None
+    """Epochs to store; by default what the run reads: of an epoch that it does not finish, the shards it gets to."""
+    teacher: Annotated[tuple[str, ...], arg(metavar="NAME ...")] = ()
+    """Teachers to run; by default all of the config."""
+    tokens: tyro.conf.FlagCreatePairsOff[bool] = False
+    """Store the tokens too, not the CLS alone; of teachers of images."""
+    dtype: Literal["fp32", "fp16", "bf16"] = "fp32"
+    """Of the stored numbers; fp32 keeps them exactly, the others halve the files."""
+    batch_size: int = 128
+    """Samples of a rank's forward pass. Arithmetic rounds by it: with the micro-batch of the training (and as many
+    threads) the losses are the same to the last bit, else to rounding."""
+    overrides: tyro.conf.Suppress[tuple[str, ...]] = ()
+
+    def run(self) -> int:
+        """Store the outputs and print what was written."""
+        from mmd2v.config.load import load_config
+        from mmd2v.distributed.environment import shutdown
+        from mmd2v.errors import told_once_a_node
+
+        try:
+            config = load_config(self.config, self.overrides)
+        except UserError as error:
+            raise told_once_a_node(error) from None
+        from mmd2v.train.annotate import Options, annotate
+
+        options = Options(self.out, self.epochs, self.teacher, self.tokens, self.dtype, self.batch_size)
+        if summary := annotate(config, options):
+            print(summary)
+        shutdown()
+        return 0
+
+
+_ANNOTATE_FLAGS = {
+    "--out": True,
+    "--epochs": True,
+    "--teacher": True,
+    "--tokens": False,
+    "--dtype": True,
+    "--batch-size": True,
+    "--help": False,
+}
+"""Flags of `mmd2v data annotate` itself → whether a value follows; every other one overrides a key of the config."""
+
+
+@dataclass(frozen=True)
 class Bench:
     """Measure how fast some shards load on this machine, stage by stage, and what limits."""
 
@@ -283,11 +382,16 @@ _Commands = (
     | Annotated[Stats, tyro.conf.subcommand("stats")]
     | Annotated[Show, tyro.conf.subcommand("show")]
     | Annotated[Tokenizer, tyro.conf.subcommand("tokenizer")]
+    | Annotated[Lengths, tyro.conf.subcommand("lengths")]
+    | Annotated[Annotate, tyro.conf.subcommand("annotate")]
     | Annotated[Bench, tyro.conf.subcommand("bench")]
 )
 
 
 def main(argv: Sequence[str]) -> int:
     """Run ``mmd2v data ARGV`` and return the exit status."""
-    command = tyro.cli(_Commands, args=list(argv), prog="mmd2v data", description=sys.modules[__name__].__doc__)
+    own, overrides = split_overrides(argv, _ANNOTATE_FLAGS) if argv[:1] == ["annotate"] else (list(argv), [])
+    command = tyro.cli(_Commands, args=own, prog="mmd2v data", description=sys.modules[__name__].__doc__)
+    if overrides:
+        command = replace(command, overrides=tuple(overrides))
     return command.run()

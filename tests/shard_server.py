@@ -20,6 +20,7 @@ class ShardServer:
             second), "garble" (one byte is another), "whole" (a range is ignored) or "ok".
         always: file name → what happens to every request.
         requests: file name → bytes of the body of each answer.
+        lists: whether a folder is answered with links to its files.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -27,6 +28,7 @@ class ShardServer:
         self.faults: dict[str, list[object]] = defaultdict(list)
         self.always: dict[str, object] = {}
         self.requests: dict[str, list[int]] = defaultdict(list)
+        self.lists = False
         self.stopped = threading.Event()
 
     def __enter__(self) -> ShardServer:
@@ -65,6 +67,14 @@ class ShardServer:
         base = os.path.basename(name)
         fault = self.faults[base].pop(0) if self.faults[base] else self.always.get(base, "ok")
         path = self.folder / name
+        if self.lists and path.is_dir():
+            page = "".join(f'<a href="{entry}">{entry}</a>' for entry in sorted(os.listdir(path))).encode()
+            request.send_response(200)
+            request.send_header("Content-Type", "text/html")
+            request.send_header("Content-Length", str(len(page)))
+            request.end_headers()
+            request.wfile.write(page)
+            return
         if isinstance(fault, int) or not path.is_file():
             status = fault if isinstance(fault, int) else 404
             self.requests[base].append(0)

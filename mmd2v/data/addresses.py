@@ -166,6 +166,8 @@ def _absent(folder: str, inside: list[str], listing: Listing, absent: Absent) ->
 
 
 def _braces(item: str) -> list[str]:
+    if "{" not in item:  # a list may have a hundred thousand
+        return [item]
     try:
         return list(braceexpand.braceexpand(item))
     except ValueError as error:

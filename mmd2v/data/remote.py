@@ -215,8 +215,8 @@ class RemoteShards:
         _close(handle)
         return True
 
-    def shut_down(self) -> None:
-        """End all fetches and let everything go."""
+    def shut_down(self, *, wait: bool = True) -> None:
+        """End all fetches and let everything go; ``wait`` for the threads to be gone."""
         self._stop.set()
         with self._lock:
             self._wanted = []
@@ -224,7 +224,7 @@ class RemoteShards:
             self._pinned.clear()
         for handle in handles:
             _close(handle)
-        for thread in self._threads:
+        for thread in self._threads if wait else ():
             thread.join()
 
     def abandon(self) -> None:

@@ -166,7 +166,11 @@ class ShardCache:
 
     def usage(self) -> int:
         """Bytes of all entries."""
-        return sum(entry.stat().st_size for entry in self._entries())
+        used = 0
+        for entry in self._entries():
+            with suppress(FileNotFoundError):
+                used += entry.stat().st_size
+        return used
 
     def _entries(self) -> Iterator[os.DirEntry[str]]:
         with os.scandir(self.folder) as entries:

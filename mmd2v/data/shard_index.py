@@ -232,9 +232,10 @@ class ShardIndex:
             raise Damage(DamageKind.SHARD_UNREADABLE, f"{name}: cannot be read: {error.strerror}") from None
         problem = problem or _check_end(path, name, end, keys)
         if problem is not None:
+            if tolerant and keys:
+                _drop_cut(keys, spans, size)
             if not tolerant or not keys:
                 raise problem
-            _drop_cut(keys, spans, size)
         return cls(path, Keys.of(keys), np.array(spans, np.int64).reshape(len(keys), 3, 2), size, name)
 
     def write(self, path: str | None = None) -> None:

@@ -358,17 +358,21 @@ class ShardSet:
 
     def close(self) -> None:
         """Close the shards held open, and end what is fetched in the background."""
+        self._close(wait=True)
+
+    def _close(self, *, wait: bool) -> None:
         if self._process != os.getpid():
             self._after_fork()
         while self._open:
             self._close_entry(next(iter(self._open)))
         if self._fetcher is not None:
-            self._fetcher.shut_down()
+            self._fetcher.shut_down(wait=wait)
             self._fetcher = None
 
     def __del__(self) -> None:
+        # Not for threads: when the interpreter ends, they never get to run again.
         if hasattr(self, "_open"):
-            self.close()
+            self._close(wait=False)
 
     def _forget(self) -> None:
         """Start without anything that belongs to a process."""

@@ -106,6 +106,20 @@ def test_every_kind_of_address(server, shards, source, kind):
     assert_all_samples(ShardSet(spec, source=source))
 
 
+@pytest.mark.parametrize("kind", ["http", "file"])
+def test_folders_without_a_manifest_are_listed(server, shards, source, kind):
+    (shards / "shards.json").unlink()
+    server.lists = True
+    assert_all_samples(ShardSet(f"{server.url}/set/" if kind == "http" else f"file://{shards}", source=source))
+
+
+def test_an_empty_remote_folder(shards, source):
+    for path in shards.iterdir():
+        path.unlink()
+    with pytest.raises(UserError, match=r"folder file://.* holds no \.tar file"):
+        ShardSet(f"file://{shards}", source=source)
+
+
 def test_lists_of_local_shards(shards, tmp_path):
     (tmp_path / "list.txt").write_text(f"web/set/{SHARD}\n{shards}/shard-000000.tar\n")
     data = ShardSet(str(tmp_path / "list.txt"))

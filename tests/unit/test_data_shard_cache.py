@@ -1,0 +1,167 @@
+"""The cache by itself: claims, its bound, and many processes that are killed while they use it."""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mmd2v.data.damage import DamageKind
+from mmd2v.data.shard_cache import FAILURE_KEPT, NoRoom, ShardCache, cache_name
+from mmd2v.errors import UserError
+
+
+def bring(cache, name, size):
+    """Put an entry into the cache; its descriptor, which must be closed."""
+    with cache.claim(name) as claim:
+        claim.reserve(size)
+        path = claim.temporary()
+        with open(path, "wb") as handle:
+            handle.write(name.encode()[:1] * size)
+        return claim.commit(path)
+
+
+def entries(cache):
+    return {name for name in os.listdir(cache.folder) if not name.startswith(".")}
+
+
+@settings(deadline=None, max_examples=40)
+@given(steps=st.lists(st.tuples(st.sampled_from("abcdef"), st.integers(1, 60), st.booleans()), max_size=25))
+def test_any_history_stays_within_the_bound(tmp_path_factory, steps):
+    cache = ShardCache(str(tmp_path_factory.mktemp("cache")), 100)
+    open_, sizes = {}, {}
+    for name, size, close in steps:
+        handle = cache.open(name)
+        if handle is None:
+            needed = sum(sizes[other] for other in open_)
+            if needed + size > 100:
+                with pytest.raises(NoRoom):
+                    bring(cache, name, size)
+                continue
+            handle = bring(cache, name, size)
+            sizes[name] = size
+        open_.setdefault(name, []).append(handle)
+        assert os.pread(handle, 100, 0) == name.encode() * sizes[name]
+        assert cache.usage() <= 100 and set(open_) <= entries(cache)
+        if close:
+            for other in open_.pop(name):
+                os.close(other)
+    for handles in open_.values():
+        for handle in handles:
+            os.close(handle)
+    assert not [name for name in os.listdir(cache.folder) if name.startswith(".") and name != ".lock"]
+
+
+def test_the_least_recently_used_goes_first(tmp_path):
+    cache = ShardCache(str(tmp_path), 100)
+    for name in "abc":
+        os.close(bring(cache, name, 30))
+        os.utime(tmp_path / name, (ord(name), ord(name)))
+    os.close(cache.open("a"))  # now the newest
+    os.close(bring(cache, "d.idx", 10))
+    os.utime(tmp_path / "d.idx", (1, 1))
+    os.close(bring(cache, "e", 30))
+    assert entries(cache) == {"a", "c", "d.idx", "e"}, "b was oldest; an index goes only after all shards"
+    os.close(bring(cache, "f", 95))
+    assert entries(cache) == {"f"}
+
+
+def test_one_claim_at_a_time(tmp_path):
+    cache, other = ShardCache(str(tmp_path), 100), ShardCache(str(tmp_path), 100)
+    with cache.claim("a") as claim:
+        assert other.claim("a") is None
+        claim.reserve(70)
+        with other.claim("b") as second, pytest.raises(NoRoom, match=r"needed 40 bytes, 70 of 100 are in use"):
+            second.reserve(40)
+    with other.claim("a") as again:
+        again.reserve(100)  # what the first had reserved is free
+
+
+def test_failures_are_remembered_for_a_while(tmp_path):
+    cache = ShardCache(str(tmp_path), 100)
+    assert cache.failure("a") is None
+    cache.failed("a", DamageKind.SHARD_TRUNCATED, "why")
+    kind, message = cache.failure("a")
+    assert kind is DamageKind.SHARD_TRUNCATED and message.startswith("why (seen ")
+    old = time.time() - FAILURE_KEPT - 1
+    os.utime(tmp_path / ".a.failed", (old, old))
+    assert cache.failure("a") is None
+    cache.failed("a", DamageKind.SHARD_TRUNCATED, "why")
+    os.close(bring(cache, "a", 10))
+    assert cache.failure("a") is None, "it was fetched since"
+
+
+def test_names():
+    names = [cache_name(a, v) for a in ("s3://b/x.tar", "s3://c/x.tar", "pipe:cat 'a b' | x") for v in ("", "1")]
+    assert len(set(names)) == 6 and all("/" not in name and len(name) < 100 for name in names)
+    assert names[0].endswith("-s3_b_x.tar")
+    assert "secret" not in cache_name("https://h/x.tar?sig=secret")
+
+
+def test_bad_folders(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"data\.source\.cache_dir: .*file cannot be written"):
+        ShardCache(str(tmp_path / "file"), 100)
+    monkeypatch.setenv("MMD2V_CACHE", str(tmp_path / "mine"))
+    assert ShardCache(None, 100).folder == tmp_path / "mine"
+    monkeypatch.setattr(os, "getuid", lambda: -5)
+    with pytest.raises(UserError, match="belongs to another user"):
+        ShardCache(None, 100)
+
+
+WORKER = """
+import os, random, sys, time
+from mmd2v.data.shard_cache import NoRoom, ShardCache
+cache, chance = ShardCache(sys.argv[1], 1000), random.Random(int(sys.argv[2]))
+end = time.monotonic() + float(sys.argv[3])
+while time.monotonic() < end:
+    name = chance.choice("abcdefghij")
+    size = 100 + 10 * ord(name)  % 100
+    handle = cache.open(name)
+    if handle is None:
+        claim = cache.claim(name)
+        if claim is None:
+            continue
+        with claim:
+            try:
+                claim.reserve(size)
+            except NoRoom:
+                continue
+            path = claim.temporary()
+            with open(path, "wb") as out:
+                for _ in range(size):
+                    out.write(name.encode())
+                    out.flush()
+            handle = claim.commit(path)
+    assert os.pread(handle, 2000, 0) == name.encode() * size, name
+    os.close(handle)
+print("good")
+"""
+
+
+def test_processes_that_are_killed_do_no_harm(tmp_path):
+    chance = random.Random(0)
+    cache = ShardCache(str(tmp_path), 1000)
+
+    def start(number, seconds):
+        arguments = [sys.executable, "-c", WORKER, str(tmp_path), str(number), str(seconds)]
+        return subprocess.Popen(arguments, stdout=subprocess.PIPE, text=True)
+
+    survivor = start(0, 6)
+    for number in range(1, 4):
+        victim = start(number, 60)
+        for _ in range(100):
+            time.sleep(0.012 + 0.01 * chance.random())
+            with cache._exclusive():  # nothing is evicted while the entries are added up
+                assert cache.usage() <= cache.limit
+        victim.send_signal(signal.SIGKILL)
+        victim.wait()
+    assert survivor.communicate(timeout=30)[0] == "good\n"
+    assert entries(cache)
+    for name in entries(cache):
+        assert (tmp_path / name).read_bytes() == name.encode() * (100 + 10 * ord(name) % 100)

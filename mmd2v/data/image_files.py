@@ -158,6 +158,10 @@ class TarImages(ImageFiles):
     def read(self, stored: str) -> bytes:
         """See `ImageFiles.read`."""
         offset, size = self._spans[stored]
+        if not 0 <= size <= os.fstat(self._handle).st_size - offset:
+            # Asked first: a damaged header may name more bytes than there is memory.
+            message = f"{self.root}: the tar ends inside {stored}: incomplete copy?"
+            raise Damage(DamageKind.SHARD_TRUNCATED, message)
         try:
             data = os.pread(self._handle, size, offset)
         except OSError as error:

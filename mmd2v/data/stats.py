@@ -219,6 +219,9 @@ def _stored_size(handle: int, offset: int, length: int) -> tuple[int, int] | Non
     """(height, width) of an image in an open shard; its beginning is enough but for a huge EXIF block or profile."""
     if handle < 0:
         return None
+    length = min(length, os.fstat(handle).st_size - offset)  # a damaged index may name any number
+    if length <= 0:
+        return None
     head = os.pread(handle, min(length, _HEAD), offset)
     size = image_size(head)
     return image_size(os.pread(handle, length, offset)) if size is None and length > _HEAD else size

@@ -282,6 +282,21 @@ def test_damage_in_img2dataset_shards(tmp_path):
     assert "bad_meta: 1, the first: " in text
 
 
+def test_a_header_that_names_more_bytes_than_there_are(tmp_path):
+    source = img2dataset(tmp_path / "cc3m", shards=1)
+    path = source / "00000.tar"
+    with tarfile.open(path) as tar:
+        second = tar.getmember("000000001.jpg")
+        second.size = 10**13
+        header = second.tobuf(tarfile.GNU_FORMAT)
+        data = bytearray(path.read_bytes())
+        data[second.offset : second.offset + 512] = header[-512:]
+    path.write_bytes(data)
+    report, samples = packed(source, tmp_path / "out", skip_bad=True)
+    assert list(samples) == ["000000000"] and report.skipped == {"shard_truncated": 1}
+    assert "000000001.jpg is said to have 10,000,000,000,000 bytes" in report.examples["shard_truncated"]
+
+
 def test_bad_img2dataset(tmp_path):
     (tmp_path / "empty").mkdir()
     assert "needs .tar shards in a folder, found none" in refused(tmp_path / "empty", tmp_path, format="img2dataset")

@@ -94,7 +94,9 @@ class Img2dataset(Source):
                     group = _Group(key)
                 group.members[suffix] = (member.offset_data, member.size)
         except Damage as damage:
-            # The last group may lack members that were cut off.
+            # The last group may lack members that were cut off; with image and JSON it lacks nothing of matter.
+            if group is not None and "json" in group.members and any(k in group.members for k in IMAGE_SUFFIXES):
+                yield self._record(path, handle, group, seen)
             unfinished = (
                 "" if path.with_name(path.stem + _STATS_SUFFIX).exists() else " (img2dataset did not finish it)"
             )

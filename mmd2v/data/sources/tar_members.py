@@ -5,6 +5,7 @@ from __future__ import annotations
 import bz2
 import gzip
 import lzma
+import os
 import tarfile
 import zlib
 from collections.abc import Iterator
@@ -23,8 +24,11 @@ def plain_members(path: str) -> Iterator[tarfile.TarInfo]:
     """
     end, last = 0, ""
     try:
+        size = os.stat(path).st_size
         with tarfile.open(path, "r:") as tar:
             while (member := tar.next()) is not None:
+                if not 0 <= member.size <= size - member.offset_data:
+                    raise EOFError(f"{member.name} is said to have {member.size:,} bytes, more than are left")
                 end = member.offset_data + -(-member.size // _BLOCK) * _BLOCK
                 tar.members = []  # type: ignore[attr-defined] # tarfile keeps every header it has seen
                 last = f" after {member.name}"

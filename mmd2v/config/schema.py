@@ -208,6 +208,11 @@ class DataConfig(Section):
     stall_timeout: Positive | None = Field(
         1800.0, description="seconds without a batch after which the run stops with that name; none: never"
     )
+    decode: Literal["loader", "device"] = Field(
+        "loader",
+        description="who decodes and crops training images: the loader's processes, or the device (nvJPEG; what is no "
+        "plain JPEG stays with the loader; pixels may differ by a level or two)",
+    )
     workers: NonNegativeInt = Field(1, description="loader processes a rank; 0 loads in the training process")
     prefetch: PositiveInt = Field(4, description="finished batches each worker keeps ready")
 
@@ -217,11 +222,6 @@ class DataConfig(Section):
             raise ValueError("last_batch: 'drop' needs batches of one data set; use 'wrap' under `mix: weighted`")
         return self
 
-
-# -------------------------------------------------------------------------------------------- model
-
-
-class EncoderConfig(Section):
     @model_validator(mode="after")
     def _token_batches(self) -> DataConfig:
         if self.batch_tokens is None:
@@ -247,6 +247,11 @@ class EncoderConfig(Section):
             )
         return self
 
+
+# -------------------------------------------------------------------------------------------- model
+
+
+class EncoderConfig(Section):
     """Fields every modality encoder shares. Its output tokens are bridged linearly to the model's width if need be."""
 
     frozen: bool = Field(
@@ -565,16 +570,6 @@ class Config(Section):
     evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig, description="recall during training")
     logging: LoggingConfig = Field(default_factory=LoggingConfig, description="what a person sees")
 
-    @model_validator(mode="after")
-    def _consistent(self) -> Config:
-        if (self.steps is None) == (self.epochs is None):
-            raise ValueError("give exactly one of `steps` and `epochs`")
-        modalities = set(self.model.encoders)
-        for where, names in self._modality_references():
-            for name in names:
-                if name not in modalities:
-                    raise ValueError(f"{where}: '{name}' is no modality; model.encoders has {sorted(modalities)}")
-        for i, objective in enumerate(self.objectives):
     @model_validator(mode="before")
     @classmethod
     def _tokens_replace_samples(cls, values: Any) -> Any:
@@ -586,6 +581,16 @@ class Config(Section):
             return {**values, "engine": {"batch_size": None, **engine}}
         return values
 
+    @model_validator(mode="after")
+    def _consistent(self) -> Config:
+        if (self.steps is None) == (self.epochs is None):
+            raise ValueError("give exactly one of `steps` and `epochs`")
+        modalities = set(self.model.encoders)
+        for where, names in self._modality_references():
+            for name in names:
+                if name not in modalities:
+                    raise ValueError(f"{where}: '{name}' is no modality; model.encoders has {sorted(modalities)}")
+        for i, objective in enumerate(self.objectives):
             if isinstance(objective, CLSRegressionConfig):
                 self._check_teacher(objective.teacher, f"objectives.{i}.teacher")
             if isinstance(objective, AttributesConfig) and self.data.labels is None:
@@ -593,19 +598,9 @@ class Config(Section):
         needs_text = any(encoder.input == "text" for encoder in self.model.encoders.values())
         if needs_text and self.data.tokenizer is None:
             raise ValueError("data.tokenizer: missing, but model.encoders has a text modality")
+        self._check_batch_unit()
         return self
 
-    @property
-    def uses_images(self) -> bool:
-        """Whether the student or a teacher sees images."""
-        inputs = [encoder.input for encoder in self.model.encoders.values()]
-        return "image" in inputs or any(teacher.modality == "image" for teacher in self.teachers.values())
-
-    def _check_teacher(self, name: str, where: str) -> None:
-        kind, _, modality = name.partition(":")
-        self._check_batch_unit()
-        if kind != "encoder" and name not in self.teachers:
-            raise ValueError(f"{where}: '{name}' is not among teachers {sorted(self.teachers)}, nor encoder:MODALITY")
     def _check_batch_unit(self) -> None:
         """A step is counted in samples or in tokens."""
         engine, tokens = self.engine, self.data.batch_tokens
@@ -631,6 +626,16 @@ class Config(Section):
         if any(isinstance(objective, ContrastiveConfig) for objective in self.objectives):
             raise ValueError("data.batch_tokens: the contrastive objective needs batches of a fixed number of samples")
 
+    @property
+    def uses_images(self) -> bool:
+        """Whether the student or a teacher sees images."""
+        inputs = [encoder.input for encoder in self.model.encoders.values()]
+        return "image" in inputs or any(teacher.modality == "image" for teacher in self.teachers.values())
+
+    def _check_teacher(self, name: str, where: str) -> None:
+        kind, _, modality = name.partition(":")
+        if kind != "encoder" and name not in self.teachers:
+            raise ValueError(f"{where}: '{name}' is not among teachers {sorted(self.teachers)}, nor encoder:MODALITY")
         if kind == "encoder":
             encoder = self.model.encoders.get(modality)
             if not (isinstance(encoder, TimmEncoderConfig) and encoder.frozen and encoder.feature == -1):

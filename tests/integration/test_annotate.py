@@ -27,7 +27,7 @@ MICRO = 8
 """Images of a training step, and of the annotating teacher's forward pass: kernels round by the size of a batch, so
 that only with equal ones the losses are equal to the last bit."""
 STEPS = 15  # of 8 images: two and a half epochs of 48
-EPOCHS = 12
+EPOCHS = 8
 """Of the command that is killed on the way."""
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 SMALL_BERT = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
@@ -434,7 +434,7 @@ def test_a_student_of_text_needs_no_image_any_more(others):
 def test_damaged_samples_are_left_out_in_both(others):
     assert others["damage: ids"].count(0) == 1 and len(others["damage: ids"]) == 16
     assert len(others["damage: live"]) == 12 and others["damage: live"] == others["damage: replayed"]
-    assert "left out 2 damaged samples" in others["damage: said"] or "left out 1 damaged" in others["damage: said"]
+    assert "image_undecodable 2" in others["damage: said"]  # in each of two epochs
 
 
 def test_tokens_are_replayed_in_the_stored_precision(others):

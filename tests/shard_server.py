@@ -82,12 +82,13 @@ class ShardServer:
             request.send_header("Content-Length", "0")
             request.end_headers()
             return
-        data = path.read_bytes()
-        wanted = request.headers.get("Range")
-        if wanted and fault != "whole":
-            first, last = wanted.removeprefix("bytes=").split("-")
-            total = len(data)
-            data = data[int(first) : int(last) + 1 if last else None]
+        total = path.stat().st_size
+        wanted = request.headers.get("Range") if fault != "whole" else None
+        first, last = (wanted or "bytes=0-").removeprefix("bytes=").split("-")
+        with open(path, "rb") as handle:
+            handle.seek(int(first))
+            data = handle.read(int(last) + 1 - int(first) if last else -1)
+        if wanted:
             request.send_response(206)
             request.send_header("Content-Range", f"bytes {first}-{int(first) + len(data) - 1}/{total}")
         else:

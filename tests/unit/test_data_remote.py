@@ -4,6 +4,7 @@ import errno
 import hashlib
 import json
 import os
+import pickle
 import shlex
 import shutil
 import signal
@@ -11,6 +12,7 @@ import subprocess
 import sys
 import threading
 import time
+from typing import ClassVar
 
 import fsspec
 import pytest
@@ -315,6 +317,40 @@ def test_command_arguments_reach_no_shell(shards, source, tmp_path):
     data.close()
 
 
+class Hanging(LocalFileSystem):
+    """Local files of which the first transfer and the first piece never come."""
+
+    protocol = ("hanging",)
+    calls: ClassVar[list[str]] = []
+    released = threading.Event()
+
+    def get_file(self, path1, path2, **kwargs):
+        self.calls.append("whole")
+        if self.calls.count("whole") == 1:
+            self.released.wait(20)
+        shutil.copyfile(path1, path2)
+
+    def cat_file(self, path, start=None, end=None, **kwargs):
+        if start is not None:
+            self.calls.append("piece")
+            if self.calls.count("piece") == 1:
+                self.released.wait(20)
+        return super().cat_file(path, start, end, **kwargs)
+
+
+def test_a_file_system_that_hangs_is_not_waited_for(shards, source):
+    fsspec.register_implementation("hanging", Hanging, clobber=True)
+    try:
+        for access, kind in (("cache", "whole"), ("range", "piece")):
+            start = time.monotonic()
+            data = ShardSet(f"hanging://{shards}", source=changed(source, access=access))
+            assert data.read(1, 2).id == "sample-0012"
+            assert 0.5 <= time.monotonic() - start < 5 and Hanging.calls.count(kind) == 2
+            data.close()
+    finally:
+        Hanging.released.set()
+
+
 def test_what_cannot_succeed_is_not_repeated(source):
     calls = []
 
@@ -485,6 +521,15 @@ def test_a_killed_download_blocks_nobody_and_leaves_no_half_shard(server, source
     os.utime(os.path.join(source.cache_dir, left), (old, old))
     ShardSet(f"{server.url}/set", source=source).read(2, 0)
     assert hidden(source) == [], "what it left must go"
+
+
+def test_a_pickled_set_fetches_for_itself(server, source):
+    data = ShardSet(f"{server.url}/set", source=source)
+    data.prefetch([0, 1])
+    data.read(0, 0)
+    copy = pickle.loads(pickle.dumps(data))
+    data.close()
+    assert_all_samples(copy)
 
 
 def test_a_forked_child_fetches_for_itself(server, source):

@@ -200,19 +200,25 @@ def test_text_alone(tmp_path, monkeypatch):
 # -------------------------------------------------------------------------------------------- scale
 
 
-def test_a_hundred_thousand_shards(tmp_path):
-    names = [f"shard-{number:06d}.tar" for number in range(100_000)]
-    record = {"version": 1, "shards": {name: [10_000, 500_000_000, f"{n:064x}"] for n, name in enumerate(names)}}
-    (tmp_path / "shards.json").write_text(json.dumps(record))
-    del record
-    spec = str(tmp_path / "shards.json")
+def write_large_manifest(folder, count):
+    record = {"version": 1, "shards": {f"shard-{n:06d}.tar": [10_000, 5 * 10**8, f"{n:064x}"] for n in range(count)}}
+    (folder / "shards.json").write_text(json.dumps(record))
+    return str(folder / "shards.json")
+
+
+def test_a_hundred_thousand_shards_open_at_once(tmp_path):
+    spec = write_large_manifest(tmp_path, 100_000)
     start = time.perf_counter()
     data = ShardSet(spec)
-    seconds = time.perf_counter() - start
+    assert time.perf_counter() - start < 5, "measured 0.5 s; the rest is for a busy machine"
     assert len(data) == 10**9
-    assert seconds < 5, "measured 0.7 s; the rest is for a busy machine"
+    assert data.locate(10**9 - 1) == (99_999, 9_999)
+
+
+def test_memory_of_many_shards(tmp_path):
+    spec = write_large_manifest(tmp_path, 10_000)
     tracemalloc.start()
     data = ShardSet(spec)
     kept, most = tracemalloc.get_traced_memory()
     tracemalloc.stop()
-    assert kept < 25e6 and most < 100e6, (kept, most)
+    assert kept / len(data.paths) < 250 and most / len(data.paths) < 1000, "bytes a shard"

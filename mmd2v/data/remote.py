@@ -19,7 +19,7 @@ from mmd2v.data.damage import Damage
 from mmd2v.data.fetch import Cancelled, Incomplete, download, read_bytes, read_if_there, retrying
 from mmd2v.data.shard_cache import Claim, NoRoom, ShardCache, cache_name
 from mmd2v.data.shard_index import INDEX_SUFFIX, ShardIndex
-from mmd2v.errors import UserError
+from mmd2v.errors import UserError, disk_message
 
 _WAIT = 0.05  # seconds between two looks whether another process is done
 _GROWTH = 64_000_000  # bytes by which room is reserved for a shard of unknown size
@@ -85,6 +85,11 @@ class RemoteShards:
                 handle = self._bring(shard, lambda: release() or self._unpin_last(), wait=True)
                 assert handle is not None
             return self._index_of(shard), handle
+        except OSError as error:
+            self.close(shard, handle)
+            raise UserError(
+                f"data.source.cache_dir: {self.cache.folder} cannot be used: {disk_message(error)}"
+            ) from error
         except BaseException:
             self.close(shard, handle)
             raise

@@ -123,8 +123,7 @@ class ShardCache:
     def claim(self, name: str) -> Claim | None:
         """Take the right to bring an entry; None: somebody else is at it, or just was."""
         path = self.folder / f".{name}{_LOCK}"
-        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        _held.add(handle)
+        handle = self._open_lock(path)
         if not _lock(handle, path):
             _close(handle)
             return None
@@ -135,21 +134,19 @@ class ShardCache:
         return claim
 
     def put(self, name: str, data: bytes) -> None:
-        """Keep a small file, unless there is no room: then it is left out."""
-        with self._exclusive():
-            try:
-                self._make_room(len(data), "")
-            except NoRoom:
-                return
+        """Keep a small file; where there is no room for it, it is left out."""
+        with suppress(NoRoom, OSError), self._exclusive():
+            self._make_room(len(data), "")
             part = self.folder / f".{name}.{uuid.uuid4().hex}{_PART}"
             part.write_bytes(data)
             os.replace(part, self.folder / name)
 
     def failed(self, name: str, kind: DamageKind, message: str) -> None:
         """Remember for a while that an entry cannot be fetched, so that no process tries it for each sample."""
-        part = self.folder / f".{name}.{uuid.uuid4().hex}{_PART}"
-        part.write_text(json.dumps({"kind": kind, "message": message}))
-        os.replace(part, self.folder / f".{name}{_FAILED}")
+        with suppress(OSError):
+            part = self.folder / f".{name}.{uuid.uuid4().hex}{_PART}"
+            part.write_text(json.dumps({"kind": kind, "message": message}))
+            os.replace(part, self.folder / f".{name}{_FAILED}")
 
     def failure(self, name: str) -> tuple[DamageKind, str] | None:
         """What `failed` was told a short while ago."""
@@ -179,13 +176,22 @@ class ShardCache:
     @contextmanager
     def _exclusive(self) -> Iterator[None]:
         """Hold the lock of the whole folder: to count, evict and reserve."""
-        handle = os.open(self.folder / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        _held.add(handle)
+        handle = self._open_lock(self.folder / _LOCK)
         try:
             fcntl.flock(handle, fcntl.LOCK_EX)
             yield
         finally:
             _close(handle)
+
+    def _open_lock(self, path: Path) -> int:
+        flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC
+        try:
+            handle = os.open(path, flags, 0o600)
+        except FileNotFoundError:  # somebody tidied up
+            self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            handle = os.open(path, flags, 0o600)
+        _held.add(handle)
+        return handle
 
     def _make_room(self, needed: int, owner: str) -> None:
         """Evict until ``needed`` bytes fit; call it under `_exclusive`. ``owner``: whose reservation does not count.
@@ -259,6 +265,7 @@ class ShardCache:
         except FileNotFoundError:
             pass
         finally:
+            fcntl.flock(handle, fcntl.LOCK_UN)
             os.close(handle)
         return True
 

@@ -443,6 +443,17 @@ def test_nothing_is_fetched_twice(server, source):
     }
 
 
+def test_a_cache_that_somebody_removes_is_made_again(server, source):
+    data = ShardSet(f"{server.url}/set", source=source)
+    data.read(0, 0)
+    shutil.rmtree(source.cache_dir)
+    assert data.read(0, 1).id == "sample-0001" and data.read(1, 0).id == "sample-0010"
+    data.close()
+    shutil.rmtree(source.cache_dir)
+    with open(source.cache_dir, "w"), pytest.raises(UserError, match=r"data\.source\.cache_dir: .* cannot be "):
+        data.read(2, 0)
+
+
 def test_a_shard_that_was_packed_again_is_fetched_again(server, shards, source):
     ShardSet(f"{server.url}/set", source=source).read(1, 0)
     write_tar(shards / SHARD, [("new.jpg", encoded(99)), ("new.txt", b"other")])

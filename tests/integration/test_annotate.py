@@ -370,6 +370,11 @@ def _other_teachers(folder: Path) -> dict[str, object]:
     write_config(folder / "only_text.yaml", folder, **only_text, **_data(folder))
     both("only_text", "only_text.yaml", teachers=("resnet",))
 
+    # A mixture, whose sets are at different epochs: of 80 samples, b gives 40 of its 20.
+    mixed = {"a": {"shards": str(folder / "shards")}, "b": {"shards": str(folder / "train"), "limit": 20}}
+    write_config(folder / "mixed.yaml", folder, data__train={"sets": mixed}, steps=10)
+    both("mixture", "mixed.yaml", "--data.lanes", 2, teachers=("resnet",))
+
     # Damaged samples: an image that does not decode.
     damaged = folder / "damaged"
     damaged.mkdir()
@@ -429,6 +434,12 @@ def test_what_is_the_same_in_every_epoch_is_stored_once(others):
 
 def test_a_student_of_text_needs_no_image_any_more(others):
     assert len(others["only_text: live"]) == 8 and others["only_text: live"] == others["only_text: replayed"]
+
+
+def test_sets_of_a_mixture_have_epochs_of_their_own(others):
+    assert len(others["mixture: live"]) == 10 and others["mixture: live"] == others["mixture: replayed"]
+    epochs = [{path.split("/")[2] for path in others["mixture: files"] if f"/{name}/" in path} for name in "ab"]
+    assert epochs[0] == {"epoch-0000"} and {"epoch-0000", "epoch-0001"} <= epochs[1]
 
 
 def test_damaged_samples_are_left_out_in_both(others):

@@ -62,6 +62,11 @@ def write_config(file: Path, data: Path, **changes: Any) -> Path:
         "engine": {"device": "cpu", "batch_size": 8, "precision": "fp32"},
         "logging": {"every": 1, "tensorboard": False},
     }
+    return write_values(file, values, changes)
+
+
+def write_values(file: Path, values: dict[str, Any], changes: dict[str, Any]) -> Path:
+    """Write a YAML file of ``values`` with some ``a__b=value`` changed."""
     for path, value in changes.items():
         node = values
         *parents, last = path.split("__")

@@ -7,11 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from mmd2v.data.damage import DamagedSample
+
+if TYPE_CHECKING:
+    from mmd2v.data.device_decode import EncodedImages
 
 
 @dataclass(frozen=True)
@@ -34,15 +37,15 @@ class Batch:
     """float32 [B], 0 for a damaged sample, else 1; None where damage stops the run, so that all are 1."""
     damaged: tuple[DamagedSample, ...] = field(default=())
     """What was wrong with the samples of weight 0."""
-    teacher_outputs: dict[str, torch.Tensor] = field(default_factory=dict)
-    """Teacher → its stored outputs [B or N, …], where they are replayed."""
-
     mean_over: float | None = None
     """What a mean over the samples divides by, where the micro-batches of a step have different numbers of them:
     samples of the step / (ranks × accumulation). The mean of all micro-batches' losses is then the mean over the step's
     samples. None: all have the same number, B."""
     encoded: EncodedImages | None = None
     """Images whose rows in `images` are still to be filled, where the device decodes."""
+    teacher_outputs: dict[str, torch.Tensor] = field(default_factory=dict)
+    """Teacher → its stored outputs [B or N, …], where they are replayed."""
+
     def __len__(self) -> int:
         return self.images.shape[0]
 

@@ -17,11 +17,12 @@ from mmd2v.data.annotations import StoredOutputs
 from mmd2v.data.batch import Batch
 from mmd2v.data.cursor import Position
 from mmd2v.data.damage import Damage, DamagedSample, DamageKind
+from mmd2v.data.device_decode import EncodedImages, crop_of_upright_jpeg
 from mmd2v.data.draws import permutation
 from mmd2v.data.image_header import image_size
 from mmd2v.data.shards import RawSample
 from mmd2v.data.tokenizers import Tokenizer
-from mmd2v.data.transforms import decode_image, eval_transform, train_transform
+from mmd2v.data.transforms import Crop, decode_image, eval_transform, train_transform
 from mmd2v.data.watch import Stage, WorkerStates
 
 
@@ -42,6 +43,8 @@ def chosen_captions(sample: RawSample, count: int, *, seed: int, epoch: int) -> 
     Every caption has its turn, and none comes twice in an epoch as long as there are ``count`` of them.
     """
     total = len(sample.captions)
+    if total == 1:
+        return [sample.captions[0]] * count
     order = permutation(total, "order of captions", seed, sample.id)
     return [sample.captions[order[(epoch * count + place) % total]] for place in range(count)]
 
@@ -51,6 +54,14 @@ class TrainView:
 
     def __init__(self, config: DataConfig, seed: int) -> None:
         self.config, self.seed = config, seed
+
+    def crop_on_device(self, raw: RawSample, epoch: int) -> Crop | None:
+        """The crop of an image that the device is to decode; None for one that is decoded here."""
+        if self.config.decode == "loader":
+            return None
+        return crop_of_upright_jpeg(
+            raw.image, self.config.image, seed=self.seed, epoch=epoch, sample_id=raw.id, where=raw.where
+        )
 
     def image(self, raw: RawSample, epoch: int) -> torch.Tensor:
         """uint8 [3, S, S]."""
@@ -72,6 +83,10 @@ class EvalView:
 
     def __init__(self, config: DataConfig) -> None:
         self.config = config
+
+    def crop_on_device(self, raw: RawSample, epoch: int) -> Crop | None:
+        """None: evaluation is decoded here, so that its numbers are the same on every device."""
+        return None
 
     def image(self, raw: RawSample, epoch: int) -> torch.Tensor:
         """uint8 [3, S, S]."""
@@ -120,10 +135,13 @@ class Collate:
         owners: list[int] = []
         labels: list[list[float] | None] = []
         damaged: dict[int, DamagedSample] = {}
+        encoded: list[tuple[int, str, memoryview, Crop]] = []
         for row, sample in enumerate(samples):
             self._enter(Stage.DECODING, sample.place)
             try:
-                captions, label = self._fill(images, row, sample)
+                captions, label, crop = self._fill(images, row, sample)
+                if crop is not None:
+                    encoded.append((row, sample.shard, sample.raw.image, crop))
             except Damage as damage:
                 if not self.tolerant:
                     raise
@@ -151,15 +169,19 @@ class Collate:
             labels=None if self.labels is None else self._label_matrix(labels),
             weights=weights,
             damaged=tuple(damaged.values()),
+            encoded=EncodedImages.pack(encoded),
+            mean_over=samples[0].place.mean_over if samples else None,
             teacher_outputs={key: value for stored in self.outputs for key, value in stored.read(places).items()},
         )
 
-    def _fill(self, images: torch.Tensor, row: int, sample: FetchedSample) -> tuple[Sequence[str], list[float] | None]:
-        """Put a sample's pixels into their row; return its captions and labels."""
-        raw = sample.raw
+    def _fill(
+        self, images: torch.Tensor, row: int, sample: FetchedSample
+    ) -> tuple[Sequence[str], list[float] | None, Crop | None]:
+        """Put a sample's pixels into their row; return captions, labels and, if the device does it, the crop."""
+        raw, crop = sample.raw, None
         if isinstance(raw, Damage):
             raise raw
-        captions = self.view.captions(raw, sample.place.epoch) if self.tokenizer is not None else ()
+        captions = self._captions(raw, sample.place) if self.tokenizer is not None else ()
         longest = self.view.config.damage.max_caption_length
         for caption in captions:
             if len(caption) > longest:
@@ -171,10 +193,22 @@ class Collate:
         label = None if self.labels is None else self._label(raw, self.labels)
         if self.images:
             self._check_size(raw)
-            images[row] = self.view.image(raw, sample.place.epoch)
+            crop = self.view.crop_on_device(raw, sample.place.epoch)
+            images[row] = 0 if crop is not None else self.view.image(raw, sample.place.epoch)
         for stored in self.outputs:
             stored.check(sample.place, raw.id)
-        return captions, label
+        return captions, label, crop
+
+    def _captions(self, raw: RawSample, place: Position) -> Sequence[str]:
+        if place.caption is None:
+            return self.view.captions(raw, place.epoch)
+        if place.caption >= len(raw.captions):
+            raise Damage(
+                DamageKind.NO_CAPTION,
+                f"{raw.where}: found {len(raw.captions)} captions, expected more than {place.caption} by its shard's "
+                "file of token lengths: the shard was replaced",
+            )
+        return [raw.captions[place.caption]]
 
     def _check_size(self, raw: RawSample) -> None:
         """Refuse a decompression bomb by its header, before any of its pixels has been made."""
@@ -218,4 +252,6 @@ def _name(sample: FetchedSample, damaged: bool) -> str:
     """The id of a sample, ``SET/ID`` in a mixture; of a damaged one its place, as its id may be what is damaged."""
     raw = sample.raw
     own = f"{sample.shard}#{sample.place.row}" if damaged or isinstance(raw, Damage) else raw.id
+    if sample.place.caption:  # the first one, most often the only one, goes by the sample's name
+        own = f"{own}#{sample.place.caption}"
     return f"{sample.set}/{own}" if sample.set else own

@@ -6,9 +6,8 @@ import os
 import signal
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-
-from types import TracebackType
 from typing import Protocol
+
 import torch
 from torch.utils.data import DataLoader, get_worker_info
 from webdataset import DataPipeline
@@ -19,7 +18,6 @@ from mmd2v.data.watch import Watchdog, WorkerStates
 from mmd2v.errors import UserError
 
 
-@dataclass(frozen=True)
 class Order(Protocol):
     """What a loader tells of a training stream."""
 
@@ -27,6 +25,7 @@ class Order(Protocol):
         """Set (empty: the only one) → passes over it before a position."""
 
 
+@dataclass(frozen=True)
 class _Failure:
     """A UserError on its way out of a worker: torch would wrap the exception itself in a traceback."""
 

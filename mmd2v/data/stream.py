@@ -24,6 +24,8 @@ from mmd2v.data.cursor import Cursor, Position, micro_batches
 from mmd2v.data.loader import Loader, report_errors, worker_share
 from mmd2v.data.mixture import Mixture, RoundRobin, SingleSet, TrainOrder, Weighted
 from mmd2v.data.shards import ShardSet
+from mmd2v.data.token_batches import TokenOrder, TokenPositions
+from mmd2v.data.token_lengths import open_texts
 from mmd2v.data.tokenizers import Tokenizer
 from mmd2v.data.watch import Stage, WorkerStates
 from mmd2v.errors import UserError
@@ -146,6 +148,55 @@ def train_loader(
         None,
         states=states,
         shard_name=lambda set_, shard: sets[set_].paths[shard],
+        order=order,
+        rank=rank,
+        pin_memory=pin_memory,
+    )
+
+
+def token_loader(
+    config: DataConfig,
+    *,
+    seed: int,
+    tokenizer: Tokenizer,
+    order: TokenOrder,
+    rank: int,
+    world_size: int,
+    accumulation: int = 1,
+    start_step: int = 0,
+    pin_memory: bool | None = None,
+) -> Loader:
+    """Micro-batches of one rank in steps of ``config.batch_tokens`` tokens, without end and without images.
+
+    Args:
+        config: the data section of a run.
+        seed: of the run.
+        tokenizer: with which the lengths of ``order`` were counted.
+        order: which texts a step has.
+        rank: this rank.
+        world_size: number of ranks, W.
+        accumulation: micro-batches of a step, a; a step has the same texts for any W and a.
+        start_step: steps done.
+        pin_memory: as `train_loader`.
+
+    Raises:
+        UserError: as `train_loader`; a step may have fewer texts than W·a.
+    """
+    order.check_parts(world_size * accumulation)
+    # A window may share its first and last shard with its neighbours, and two windows may be in use.
+    ahead = _FETCHED_AHEAD * (config.shuffle_shards + 1)
+    shards, _ = open_texts(config, tokenizer, cache=ahead)
+    tolerant = shards.tolerant = damage_allowed(config, order.texts) > 0
+    states = WorkerStates(config.workers)
+    positions = TokenPositions(order, shards, start_step, rank, world_size, accumulation, ahead)
+    fetch = _Fetch([shards], [""], False, tolerant, states)
+    collate = Collate(TrainView(config, seed), tokenizer, config.labels, False, tolerant, states)
+    return Loader(
+        DataPipeline(positions, fetch, collate, report_errors),
+        config,
+        None,
+        states=states,
+        shard_name=lambda _, shard: shards.paths[shard],
         order=order,
         rank=rank,
         pin_memory=pin_memory,

@@ -18,6 +18,7 @@ import multiprocessing
 import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -35,6 +36,7 @@ from mmd2v.files import atomic_path
 LENGTHS_SUFFIX = ".lengths"
 _METADATA = "mmd2v_token_lengths"
 _VERSION = 1
+_FEW_SAMPLES = 20_000  # starting processes takes longer
 _TOGETHER = 4096  # texts that are read and tokenised together
 _WHOLE_SHARD = (DamageKind.SHARD_UNREADABLE, DamageKind.SHARD_TRUNCATED)
 
@@ -150,7 +152,11 @@ def _belongs(path: Path, fingerprint: str, shard: str) -> bool:
         return False
     if (record.get("version"), record.get("fingerprint")) != (_VERSION, fingerprint):
         return False
-    return _is_remote(shard) or not os.path.exists(shard) or os.path.getsize(shard) == record.get("bytes")
+    if _is_remote(shard) or not os.path.exists(shard):
+        return True
+    # Tars are padded to 10 kB: another one may well have as many bytes.
+    tar = os.stat(shard)
+    return tar.st_size == record.get("bytes") and tar.st_mtime_ns <= path.stat().st_mtime_ns
 
 
 # ------------------------------------------------------------------------------------------ counting
@@ -224,14 +230,16 @@ def make_lengths(
         shards: the data set.
         files: where the files go.
         tokenizer: its settings, from which every process loads its own.
-        workers: processes; None: one for each core this process may use.
+        workers: processes; None: one for each core this process may use, or this one alone for what takes a second.
 
     Raises:
         UserError: a shard cannot be read, or a file cannot be written.
     """
     left = missing_lengths(shards, files)
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    workers = min(len(left), cores if workers is None else workers)
+    if workers is None:
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        workers = 1 if int(shards.counts[left].sum()) < _FEW_SAMPLES else cores
+    workers = min(len(left), workers)
     if workers <= 1:
         loaded = load_tokenizer(tokenizer)
         for shard in left:
@@ -252,6 +260,11 @@ def make_lengths(
                 if error is not None:
                     raise UserError(error)
                 yield shard
+    except BrokenProcessPool:
+        raise UserError(
+            "token lengths: a counting process died (out of memory?), or this program starts without the line "
+            "`if __name__ == '__main__':` and cannot start processes; what is counted is kept, try fewer --workers"
+        ) from None
     finally:
         pool.shutdown(cancel_futures=True)
 

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from mmd2v.config.schema import Config
+from mmd2v.data.token_batches import TokenOrder
 from mmd2v.distributed.collectives import barrier, gather_objects
 from mmd2v.distributed.coordination import from_main_rank, shared_error
 from mmd2v.distributed.environment import World
@@ -47,8 +48,9 @@ class Manifest:
     step: int
     """Finished optimiser steps."""
     sample_index: int
-    """Position in the endless stream of training samples."""
-    batch_size: int
+    """Position in the endless stream of training samples; in batches of tokens, where ``step`` is the position, how
+    many samples were seen."""
+    batch_size: int | None
     world_size: int
     zero_stage: int
     precision: str
@@ -62,10 +64,18 @@ class Manifest:
     """Key of the config → value, of all that decides which samples come when; None: of a version that wrote none."""
 
 
-def describe(engine: Engine, config: Config, world: World, step: int, sample_index: int, images: int) -> Manifest:
+def describe(
+    engine: Engine,
+    config: Config,
+    world: World,
+    step: int,
+    sample_index: int,
+    images: int,
+    tokens: TokenOrder | None = None,
+) -> Manifest:
     """Describe the checkpoint the engine would write after ``step`` steps, at position ``sample_index`` of the stream.
 
-    ``images`` is the size of the training set.
+    ``images`` is the size of the training set, ``tokens`` the order of its texts in batches of tokens.
     """
     group_of = {name: i for i, group in enumerate(engine.groups) for name in group.names}
     parameters = {
@@ -84,8 +94,19 @@ def describe(engine: Engine, config: Config, world: World, step: int, sample_ind
         model=config.model.model_dump(mode="json"),
         objectives=[objective.model_dump(mode="json") for objective in config.objectives],
         parameters=parameters,
-        stream=_stream(config, images),
+        stream=_stream(config, images) | _token_stream(tokens),
     )
+
+
+def _token_stream(tokens: TokenOrder | None) -> dict[str, Any]:
+    """What decides the order of batches of tokens besides: the length of every text enters it."""
+    if tokens is None:
+        return {}
+    return {
+        "data.tokenizer (fingerprint)": tokens.fingerprint,
+        "data.train (texts)": tokens.texts,
+        "data.train (tokens)": tokens.tokens,
+    }
 
 
 def _stream(config: Config, images: int) -> dict[str, Any]:
@@ -97,6 +118,7 @@ def _stream(config: Config, images: int) -> dict[str, Any]:
         "data.shuffle_shards": config.data.shuffle_shards,
         "data.lanes": config.data.lanes,
         "data.last_batch": config.data.last_batch,
+        "data.batch_tokens": config.data.batch_tokens,
         "data.train.mix": config.data.train.mix if config.data.train.sets else None,
         **{f"data.train.sets.{name}.weight": one.weight for name, one in config.data.train.sets.items()},
         "data.image.size": config.data.image.size,

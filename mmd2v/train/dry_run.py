@@ -30,6 +30,7 @@ from mmd2v.train.mock import mock_batch
 from mmd2v.train.parts import Parts, build_parts
 from mmd2v.train.replay import Source, choose_sources
 from mmd2v.train.schedule import build_schedule
+from mmd2v.train.token_batches import known_token_order
 
 MB = 1e6
 _WIDTH = 120  # columns where the output is no terminal
@@ -58,7 +59,7 @@ def dry_run(config: Config) -> None:
     console.print(parameter_table(parts))
     for source in sources.values():
         console.print(source.said, markup=False, soft_wrap=True)
-    batch = mock_batch(config, parts.tokenizer, plan.micro_batch, outputs=parts.outputs)
+    batch = mock_batch(config, parts.tokenizer, _mock_samples(plan, parts), outputs=parts.outputs)
     console.rule("memory of a rank, estimated")
     console.print(_memory_table(estimate_memory(config, parts, batch, world.size)))
 
@@ -66,6 +67,13 @@ def dry_run(config: Config) -> None:
     engine = parts.engine(config, world)
     console.print(f"optimiser: {engine.description}", markup=False, soft_wrap=True)
     console.print(_mock_step(config, world, parts, engine, plan, batch), markup=False, soft_wrap=True)
+
+
+def _mock_samples(plan: BatchPlan, parts: Parts) -> int:
+    """Samples of a micro-batch; of tokens: as many of the longest texts as it may have."""
+    if plan.unit != "tokens" or parts.tokenizer is None:
+        return plan.micro_batch
+    return plan.micro_batch // parts.tokenizer.max_length + 1
 
 
 def _choose_sources(config: Config, plan: BatchPlan, world: World) -> dict[str, Source]:
@@ -80,11 +88,13 @@ def _choose_sources(config: Config, plan: BatchPlan, world: World) -> dict[str, 
 
 
 def _describe_batches(config: Config, plan: BatchPlan) -> str:
+    if config.data.batch_tokens is not None:
+        return _describe_token_batches(config, plan)
     lines = [str(plan)]
     images = None
     try:
         images = dataset_size(config.data.train, config.data.source)
-        lines.append(f"data.train: {images} images = {images / plan.global_batch:.1f} steps an epoch")
+        lines.append(f"data.train: {images} {plan.unit} = {images / plan.global_batch:.1f} steps an epoch")
     except UserError as error:
         lines.append(f"data.train: size unknown, so are the steps an epoch ({error}); without it no run will start")
     if config.steps is None and images is None:
@@ -93,11 +103,28 @@ def _describe_batches(config: Config, plan: BatchPlan) -> str:
     steps = total_steps(config, plan, images)
     schedule = build_schedule(config.optimizer, steps)
     lines.append(
-        f"{steps} steps = {steps * plan.global_batch} images"
+        f"{steps} steps = {steps * plan.global_batch} {plan.unit}"
         + (f" = {steps * plan.global_batch / images:.2f} epochs" if images else "")
         + f"; {schedule.warmup} of them warm-up, then {schedule.shape}"
     )
     return "\n".join(lines)
+
+
+def _describe_token_batches(config: Config, plan: BatchPlan) -> str:
+    lines = [str(plan)]
+    order = None
+    try:
+        order = known_token_order(config)
+        order.check_parts(plan.ranks * plan.accumulation)
+        lines.append(f"data.train, an epoch: {order}")
+    except UserError as error:
+        lines.append(f"data.train: steps an epoch unknown ({error})")
+    if config.steps is None and order is None:
+        return "\n".join([*lines, f"{config.epochs:g} epochs: total steps unknown"])
+    steps = total_steps(config, plan, None, None if order is None else order.epoch_steps)
+    schedule = build_schedule(config.optimizer, steps)
+    epochs = "" if order is None else f" = {steps / order.epoch_steps:.2f} epochs"
+    return "\n".join([*lines, f"{steps} steps{epochs}; {schedule.warmup} of them warm-up, then {schedule.shape}"])
 
 
 # ---------------------------------------------------------------------------------------- parameters

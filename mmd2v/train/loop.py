@@ -16,10 +16,11 @@ from mmd2v.config.schema import Config
 from mmd2v.data.batch import Batch
 from mmd2v.data.device import DeviceCopy
 from mmd2v.data.loader import Loader
-from mmd2v.data.stream import damage_allowed, dataset_size, train_loader
+from mmd2v.data.stream import damage_allowed, dataset_size, token_loader, train_loader
 from mmd2v.data.trace import Trace
 from mmd2v.distributed import environment
 from mmd2v.distributed.buffers import average_buffers
+from mmd2v.distributed.collectives import mean_over_ranks
 from mmd2v.distributed.coordination import from_main_rank, on_every_rank
 from mmd2v.distributed.environment import World
 from mmd2v.train.checkpoint import (
@@ -40,6 +41,7 @@ from mmd2v.train.parts import Parts, build_parts
 from mmd2v.train.replay import Source, choose_sources
 from mmd2v.train.run_dir import config_changes, describe_run
 from mmd2v.train.schedule import Schedule, build_schedule
+from mmd2v.train.token_batches import prepare_token_order
 
 
 def train(config: Config, resume: str | None = None) -> None:
@@ -72,7 +74,10 @@ class Run:
         # What is wrong with a config should come out before anything is loaded or written.
         self.plan: BatchPlan = from_main_rank(lambda: plan_batches(config, world.size))
         self.dataset_size: int = from_main_rank(lambda: dataset_size(config.data.train, config.data.source))
-        self.steps = total_steps(config, self.plan, self.dataset_size)
+        self.tokens = prepare_token_order(config, self.plan.ranks * self.plan.accumulation)
+        self.steps = total_steps(
+            config, self.plan, self.dataset_size, None if self.tokens is None else self.tokens.epoch_steps
+        )
         self.schedule: Schedule = from_main_rank(lambda: build_schedule(config.optimizer, self.steps))
         from_main_rank(lambda: restore_replaced(self.run_dir))
         start: Path | None = from_main_rank(lambda: find_checkpoint(self.run_dir, resume))
@@ -96,8 +101,9 @@ class Run:
         self.meter, self.stopwatch = LossMeter(), Stopwatch()
         self.damage = DamageWatch(self.run_dir, world, damage_allowed(config.data, self.dataset_size))
         self.trace = Trace(config.data.trace, world.rank, self.step) if config.data.trace else None
-        self.copy = DeviceCopy(world.device)
-        self._working, self._reported = 0.0, self.step
+        self.copy = DeviceCopy(world.device, config.data.image)
+        self._working, self._reported, self._samples_reported = 0.0, self.step, self.sample_index
+        self._text_tokens = 0
         self._announce(start, branch, sources)
         if changes:
             self.reporter.say("changed since the run was started:\n  " + "\n  ".join(changes))
@@ -117,7 +123,6 @@ class Run:
         while self.step < self.steps:
             self._train_step(batches)
             self.step += 1
-            self.sample_index += self.plan.global_batch
             self.reporter.progress(self.step)
             last = self.step == self.steps
             saves = last or (config.checkpoint.every is not None and self.step % config.checkpoint.every == 0)
@@ -152,10 +157,11 @@ class Run:
             asked = time.perf_counter()
             batch = next(batches)
             self.stopwatch.waited(time.perf_counter() - asked)
-            self.damage.add(batch.damaged)
+            self._text_tokens += int(batch.text_lengths.sum())  # they are on the host
             if self.trace is not None:
                 self.trace.write(self.step, micro_step, batch.sample_ids)
             batch = self.copy(batch)
+            self.damage.add(batch.damaged)
 
             # A function of the position alone: a resumed run draws the same dropout without any stored state.
             torch.manual_seed(position_seed(self.config.seed, self.step, micro_step, self.world.rank))
@@ -164,6 +170,9 @@ class Run:
             self.engine.backward(losses["loss"])
             self.engine.step()
             self.meter.add(losses)
+        # Samples of all ranks, which every rank knows: all micro-batches have as many, or this one tells their mean.
+        micro_batch = len(batch) if batch.mean_over is None else batch.mean_over
+        self.sample_index += round(micro_batch * self.plan.ranks * self.plan.accumulation)
 
     def close(self) -> None:
         """Finish the files."""
@@ -172,6 +181,18 @@ class Run:
             self.trace.close()
 
     def _loader(self) -> Loader:
+        if self.tokens is not None:
+            assert self.parts.tokenizer is not None  # the schema's condition
+            return token_loader(
+                self.config.data,
+                seed=self.config.seed,
+                tokenizer=self.parts.tokenizer,
+                order=self.tokens,
+                rank=self.world.rank,
+                world_size=self.world.size,
+                accumulation=self.plan.accumulation,
+                start_step=self.step,
+            )
         return train_loader(
             self.config.data,
             seed=self.config.seed,
@@ -195,8 +216,9 @@ class Run:
         values |= self.engine.followed()
         values |= {
             "learning_rate": self.engine.learning_rate,
-            **self.loader.epochs(self.sample_index),
-            "throughput(samples/s)": interval * self.plan.global_batch / seconds,
+            **self.loader.epochs(self.sample_index if self.tokens is None else self.step),
+            "throughput(samples/s)": (self.sample_index - self._samples_reported) / seconds,
+            **self._token_throughput(seconds),
             "time/step(s)": seconds / interval,
             "time/data(%)": 100 * self.stopwatch.waiting / seconds,
             "time/eta(s)": per_step * (self.steps - self.step),
@@ -206,9 +228,17 @@ class Run:
         self.reporter.training_line(self.step, values)
         if told := self.damage.report(self.step):
             self.reporter.say(told)
-        self._reported = self.step
+        self._reported, self._samples_reported = self.step, self.sample_index
+        self._text_tokens = 0
         self.meter.reset()
         self.stopwatch.reset()
+
+    def _token_throughput(self, seconds: float) -> dict[str, float]:
+        """Text tokens of all ranks; every rank must call it."""
+        if self.parts.tokenizer is None:
+            return {}
+        own = torch.tensor(float(self._text_tokens), dtype=torch.float64, device=self.world.device)
+        return {"throughput(tokens/s)": float(mean_over_ranks(own)) * self.world.size / seconds}
 
     def _evaluate(self) -> None:
         if self.config.data.eval is None:
@@ -226,7 +256,9 @@ class Run:
             self.checkpointer.save(self.engine, self._describe())
 
     def _describe(self) -> Manifest:
-        return describe(self.engine, self.config, self.world, self.step, self.sample_index, self.dataset_size)
+        return describe(
+            self.engine, self.config, self.world, self.step, self.sample_index, self.dataset_size, self.tokens
+        )
 
     @contextmanager
     def _pause(self) -> Iterator[None]:
@@ -237,6 +269,8 @@ class Run:
     def _announce(self, start: Path | None, branch: str | None, sources: dict[str, Source]) -> None:
         device = f"{self.world.device.type}, {self.config.engine.precision}, ZeRO-{self.config.engine.zero_stage}"
         self.reporter.say(f"run {self.config.name} on {device}: {self.plan}, {self.steps} steps")
+        if self.tokens is not None:
+            self.reporter.say(f"an epoch: {self.tokens}")
         self.reporter.say(f"optimiser: {self.engine.description}")
         for source in sources.values():
             self.reporter.say(source.said)

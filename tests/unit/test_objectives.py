@@ -1,5 +1,7 @@
 """Objectives: which rows meet which targets, heads, weights, and the student's own encoder as a teacher."""
 
+from dataclasses import replace
+
 import pytest
 import timm
 import torch
@@ -167,3 +169,68 @@ def test_regression_knows_the_kind_of_a_modality_by_its_encoder():
     losses = objectives(output, {"t": Targets(target)}, batch)
     expected = F.mse_loss(output.pooled["caption"], target.repeat_interleave(3, 0))
     torch.testing.assert_close(losses["cls_regression_loss/caption"], expected)
+
+
+def parts_of(batch, sizes):
+    """The batch cut into micro-batches of these numbers of samples, as batches of tokens are."""
+    first, start, parts = 0, 0, []
+    for size in sizes:
+        last = first + size
+        tokens = int(batch.text_lengths[first:last].sum())
+        parts.append(
+            replace(
+                batch,
+                images=batch.images[first:last],
+                text_ids=batch.text_ids[start : start + tokens],
+                text_lengths=batch.text_lengths[first:last],
+                caption_image=torch.arange(size),
+                labels=batch.labels[first:last],
+                weights=batch.weights[first:last],
+                mean_over=len(batch) / len(sizes),
+            )
+        )
+        first, start = last, start + tokens
+    return parts
+
+
+def test_micro_batches_of_different_sizes_average_to_the_mean_over_all_samples():
+    terms = [
+        {"kind": "cls_regression", "teacher": "t", "head": "none"},
+        {"kind": "attributes", "modality": "text", "classes": 3},
+        {"kind": "attributes", "classes": 3},
+    ]
+    student, objectives = build(terms, StubTeacher(16, "text"), data__labels="facts")
+    labels, weights, target = (
+        torch.randint(0, 2, (6, 3)).float(),
+        torch.tensor([1, 1, 0, 1, 1, 1.0]),
+        torch.randn(6, 16),
+    )
+    batch = replace(random_batch(6), labels=labels, weights=weights)
+    whole = objectives(student(batch), {"t": Targets(target)}, batch)
+    losses = [
+        objectives(student(part), {"t": Targets(rows)}, part)
+        for part, rows in zip(parts_of(batch, [1, 2, 3]), target.split([1, 2, 3]), strict=True)
+    ]
+    assert len(whole) == 5
+    for name, expected in whole.items():
+        mean = sum(loss[name] for loss in losses) / 3
+        torch.testing.assert_close(mean, expected)
+        assert not torch.isclose(losses[0][name], expected)
+
+
+def test_attributes_of_texts_are_those_of_their_sample():
+    term = {"kind": "attributes", "modality": "text", "classes": 3}
+    student, objectives = build([term], data__labels="facts")
+    labels = torch.randint(0, 2, (4, 3)).float()
+    batch = replace(random_batch(captions=2), labels=labels)
+    output = student(batch)
+    logits = objectives.terms[0].head(output.pooled["text"])
+    expected = F.binary_cross_entropy_with_logits(logits, labels.repeat_interleave(2, 0))
+    torch.testing.assert_close(objectives(output, {}, batch)["attributes_loss"], expected)
+
+
+def test_contrastive_refuses_batches_of_tokens():
+    student, objectives = build([{"kind": "contrastive"}])
+    batch = replace(random_batch(), mean_over=3.5)
+    with pytest.raises(UserError, match=r"contrastive: the ranks must have equally many samples"):
+        objectives(student(batch), {}, batch)

@@ -1,5 +1,7 @@
 """Steps of tokens: every text once an epoch, never over the budget, the same steps however they are divided."""
 
+import itertools
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -70,9 +72,7 @@ def test_every_text_comes_once_an_epoch_within_the_budget(case, epoch):
         assert {p.epoch for p in samples} == {epoch}
         assert [texts.of(p) for p in samples] == sorted(texts.of(p) for p in samples)
         seen += places(samples)
-    everything = [
-        (shard, text // 3, text % 3) for shard, part in enumerate(texts.lengths) for text in range(len(part))
-    ]
+    everything = [(shard, text // 3, text % 3) for shard, part in enumerate(texts.lengths) for text in range(len(part))]
     assert sorted(seen) == everything
 
 
@@ -91,7 +91,7 @@ def test_ranks_and_accumulation_only_divide_a_step(case, ranks, accumulation):
                 order.check_parts(parts)
             continue
         divided = [order.micro_batch(step, part, parts) for part in range(parts)]
-        assert places(sum(divided, [])) == places(whole)
+        assert [place for part in divided for place in places(part)] == places(whole)
         longest = max(map(texts.of, whole))
         for micro_batch in divided:
             assert 0 < sum(map(texts.of, micro_batch)) <= budget / parts + longest
@@ -120,7 +120,7 @@ def test_parts_are_never_empty_and_hold_a_share_and_one_text_at_most(lengths, pa
     cuts = divide(lengths_n, parts)
     assert (cuts[0], cuts[-1], len(cuts)) == (0, len(lengths), parts + 1)
     assert (np.diff(cuts) > 0).all()
-    for first, last in zip(cuts[:-1], cuts[1:], strict=True):
+    for first, last in itertools.pairwise(cuts):
         assert lengths_n[first:last].sum() <= sum(lengths) / parts + max(lengths)
 
 

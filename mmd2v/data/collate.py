@@ -19,6 +19,7 @@ from mmd2v.data.cursor import Position
 from mmd2v.data.damage import Damage, DamagedSample, DamageKind
 from mmd2v.data.device_decode import EncodedImages, crop_of_upright_jpeg
 from mmd2v.data.draws import permutation
+from mmd2v.data.handover import new_images
 from mmd2v.data.image_header import image_size
 from mmd2v.data.shards import RawSample
 from mmd2v.data.tokenizers import Tokenizer
@@ -130,7 +131,7 @@ class Collate:
             Damage: of the first damaged sample, unless ``tolerant``.
         """
         size = self.view.config.image.size if self.images else 0
-        images = torch.empty((len(samples), 3, size, size), dtype=torch.uint8, memory_format=torch.channels_last)
+        images = new_images(len(samples), size)
         texts: list[str] = []
         owners: list[int] = []
         labels: list[list[float] | None] = []

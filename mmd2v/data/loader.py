@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
+from types import TracebackType
 from typing import Protocol
 
 import torch
@@ -14,6 +17,7 @@ from webdataset import DataPipeline
 
 from mmd2v.config.schema import DataConfig
 from mmd2v.data.batch import Batch
+from mmd2v.data.handover import Parcel, Ring, send, start_worker
 from mmd2v.data.watch import Watchdog, WorkerStates
 from mmd2v.errors import UserError
 
@@ -32,10 +36,10 @@ class _Failure:
     message: str
 
 
-def report_errors(source: Iterator[Batch]) -> Iterator[Batch | _Failure]:
+def report_errors(source: Iterator[Batch]) -> Iterator[Batch | Parcel | _Failure]:
     """Last stage of a pipeline: a UserError becomes an item, which the training process raises again."""
     try:
-        yield from source
+        yield from map(send, source)
     except UserError as error:
         yield _Failure(str(error))
 
@@ -63,6 +67,7 @@ class Loader:
         shard_name: Callable[[int, int], str] = lambda set_, shard: f"shard {shard}",
         order: Order | None = None,
         rank: int = 0,
+        images: tuple[int, int] | None = None,
         pin_memory: bool | None = None,
     ) -> None:
         """Wrap a pipeline of `Batch` in loader processes.
@@ -75,6 +80,7 @@ class Loader:
             shard_name: (set, shard) → path, for messages.
             order: of a training stream.
             rank: this rank, for messages.
+            images: (images of a batch, side of one), for memory shared with the workers; None: torch's way.
             pin_memory: pin the batches; None: when there is a CUDA device.
         """
         self.batches = batches
@@ -84,6 +90,7 @@ class Loader:
         self._states = states or WorkerStates(self._workers)
         self._shard_name, self._rank = shard_name, rank
         self._order = order
+        self._images, self._prefetch = images, config.prefetch
         self._stall_warning = config.stall_warning
         self._loader: DataLoader = DataLoader(
             pipeline,
@@ -91,7 +98,6 @@ class Loader:
             num_workers=self._workers,
             prefetch_factor=config.prefetch if self._workers else None,
             pin_memory=torch.cuda.is_available() if pin_memory is None else pin_memory,
-            worker_init_fn=_start_worker,
             timeout=config.stall_timeout or 0 if self._workers else 0,
         )
 
@@ -103,6 +109,9 @@ class Loader:
             return f"rank {self._rank}'s {self._states.describe(worker, self._shard_name)}"
 
         with Watchdog(self._stall_warning, awaited) as watchdog:
+            # A ring an iteration: the workers of an earlier one may have been ended at any point.
+            ring = Ring(self._workers, self._prefetch, self._images) if self._images and self._workers else None
+            self._loader.worker_init_fn = partial(_start_worker, ring)
             batches = iter(self._loader)
             while True:
                 watchdog.expect()
@@ -117,7 +126,7 @@ class Loader:
                 if isinstance(item, _Failure):
                     raise UserError(item.message)
                 given += 1
-                yield item
+                yield item.open() if isinstance(item, Parcel) else item
 
     def epochs(self, index: int) -> dict[str, float]:
         """Passes over the data before a position (a sample, or a step of tokens).
@@ -146,8 +155,17 @@ def _explained(error: RuntimeError, awaited: str) -> Exception:
     return error
 
 
-def _start_worker(worker: int) -> None:
+def _start_worker(ring: Ring | None, worker: int) -> None:
+    start_worker(ring)
     # One process a core: more threads in each would only fight.
     torch.set_num_threads(1)
     # Ctrl-C goes to the whole group; the training process answers it and ends its workers.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    shown = sys.excepthook
+
+    def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        # Python's thread that hands over shared memory: the training process has hung up, which is its good right.
+        if not isinstance(error, (ConnectionError, EOFError)):
+            shown(kind, error, trace)
+
+    sys.excepthook = hook

@@ -150,6 +150,7 @@ def train_loader(
         shard_name=lambda set_, shard: sets[set_].paths[shard],
         order=order,
         rank=rank,
+        images=(micro_batch_size, config.image.size) if images else None,
         pin_memory=pin_memory,
     )
 
@@ -186,7 +187,7 @@ def token_loader(
     # A window may share its first and last shard with its neighbours, and two windows may be in use.
     ahead = _FETCHED_AHEAD * (config.shuffle_shards + 1)
     shards, _ = open_texts(config, tokenizer, cache=ahead)
-    tolerant = shards.tolerant = damage_allowed(config, order.texts) > 0
+    tolerant = shards.tolerant = damage_allowed(config, len(shards)) > 0
     states = WorkerStates(config.workers)
     positions = TokenPositions(order, shards, start_step, rank, world_size, accumulation, ahead)
     fetch = _Fetch([shards], [""], False, tolerant, states)
@@ -295,6 +296,7 @@ def eval_loader(
         states=states,
         shard_name=lambda _, shard: shard_set.paths[shard],
         rank=rank,
+        images=(batch_size, config.image.size),
         pin_memory=pin_memory,
     )
 

@@ -297,10 +297,10 @@ def test_real_captions_and_images(shared, tmp_path):
     )
     tokenizer_config = TokenizerConfig(path=str(shared / "teachers/minilm_l6_v2"))
     chosen = DataConfig(
-        train=ShardsConfig(shards=str(tmp_path / "val")), tokenizer=tokenizer_config, image={"size": 160}, workers=2
+        train={"shards": str(tmp_path / "val")}, tokenizer=tokenizer_config, image={"size": 160}, workers=2
     )
     tokenizer = load_tokenizer(tokenizer_config)
-    loader = eval_loader(chosen, shards=chosen.train, tokenizer=tokenizer, batch_size=300)
+    loader = eval_loader(chosen, shards=ShardsConfig(shards=str(tmp_path / "val")), tokenizer=tokenizer, batch_size=300)
     found = list(loader)
     assert sum(map(len, found)) == 1000 and sum(len(batch.text_lengths) for batch in found) == 5000
     train = train_loader(chosen, seed=0, tokenizer=tokenizer, rank=0, world_size=1, micro_batch_size=250)

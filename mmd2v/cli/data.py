@@ -307,9 +307,9 @@ class Annotate:
     """Store the tokens too, not the CLS alone; of teachers of images."""
     dtype: Literal["fp32", "fp16", "bf16"] = "fp32"
     """Of the stored numbers; fp32 keeps them exactly, the others halve the files."""
-    batch_size: int = 128
-    """Samples of a rank's forward pass. Arithmetic rounds by it: with the micro-batch of the training (and as many
-    threads) the losses are the same to the last bit, else to rounding."""
+    batch_size: Annotated[int | None, arg(metavar="N")] = None
+    """Samples of a rank's forward pass; by default the run's micro-batch on as many ranks. Arithmetic rounds by it:
+    with the training's micro-batch (and as many threads) the losses are the same to the last bit, else to rounding."""
     overrides: tyro.conf.Suppress[tuple[str, ...]] = ()
 
     def run(self) -> int:

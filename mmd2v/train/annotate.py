@@ -69,8 +69,8 @@ class Options:
     tokens: bool = False
     """Store the tokens too, of teachers of images."""
     dtype: StoredDtype = "fp32"
-    batch_size: int = 128
-    """Samples of a rank's forward pass; kernels round by it."""
+    batch_size: int | None = None
+    """Samples of a rank's forward pass; kernels round by it. None: the run's micro-batch on as many ranks."""
 
 
 class _Task(NamedTuple):
@@ -262,6 +262,12 @@ class _Annotator:
 
     # ------------------------------------------------------------------------------------- the work
 
+    def _batch_size(self) -> int:
+        """Samples of a forward pass: as many as in training, should it have as many ranks."""
+        engine = self.config.engine
+        share = -(-plan_batches(self.config, 1).global_batch // self.world.size)
+        return self.options.batch_size or engine.micro_batch_size or share
+
     def _work(self, tasks: Sequence[_Task]) -> None:
         own = tasks[self.world.rank :: self.world.size]
         rounds = -(-len(tasks) // self.world.size)
@@ -271,7 +277,7 @@ class _Annotator:
             [task.work for task in own],
             seed=self.config.seed,
             tokenizer=self.tokenizer,
-            batch_size=self.options.batch_size,
+            batch_size=self._batch_size(),
             images=any(annotation.captions is None for annotation in self.annotations.values()),
             rank=self.world.rank,
         )

@@ -224,7 +224,8 @@ class ShardIndex:
                         keys.append(key)
                         spans.append([[-1, 0], [-1, 0], [-1, 0]])
                     spans[-1][column] = [member.offset_data, member.size]
-        except (tarfile.TarError, EOFError, ValueError) as error:
+        except (tarfile.TarError, EOFError, ValueError, OverflowError, MemoryError) as error:
+            # A damaged header may promise more bytes than there is memory.
             last = f" after sample {keys[-1]}" if keys else ""
             kind = DamageKind.SHARD_TRUNCATED if end >= size and end else DamageKind.SHARD_UNREADABLE
             problem = Damage(kind, f"{name}: not a readable, uncompressed tar{last}: {error}")
@@ -333,6 +334,9 @@ def _drop_cut(keys: list[str], spans: list[list[list[int]]], size: int) -> None:
 
 def _read_span(handle: int, offset: int, size: int, where: str) -> memoryview:
     """Read bytes of an open file into a writable buffer, or raise a `Damage` when it ends before."""
+    # Looked at before memory is taken: a damaged header or index may promise any number of bytes.
+    if offset + size > os.fstat(handle).st_size:
+        raise Damage(DamageKind.SHARD_TRUNCATED, f"{where}: the shard ends inside this sample")
     data = memoryview(bytearray(size))
     done = 0
     while done < size:

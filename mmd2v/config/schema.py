@@ -67,12 +67,16 @@ class ImageTransformConfig(Section):
         return self
 
 
+_SHARDS_DESCRIPTION = (
+    "a folder of .tar files; a path with {000..007} braces or wildcards; an address (https://, s3://, gs://, any of "
+    "fsspec's) of a folder or shards; pipe:COMMAND; a .txt list of these or a shards.json; or a list"
+)
+
+
 class ShardsConfig(Section):
     """A data set packed as WebDataset shards."""
 
-    shards: str | list[str] = Field(
-        description="a folder of .tar files, a path with {000..007} braces or wildcards, or a list of these"
-    )
+    shards: str | list[str] = Field(description=_SHARDS_DESCRIPTION)
     limit: PositiveInt | None = Field(None, description="use only the first N images of the set")
 
 
@@ -85,9 +89,7 @@ class MixedSetConfig(ShardsConfig):
 class TrainSetConfig(Section):
     """What is trained on: one data set (`shards`), or several (`sets`)."""
 
-    shards: str | list[str] | None = Field(
-        None, description="a folder of .tar files, a path with {000..007} braces or wildcards, or a list of these"
-    )
+    shards: str | list[str] | None = Field(None, description=_SHARDS_DESCRIPTION)
     limit: PositiveInt | None = Field(None, description="use only the first N images of `shards`")
     sets: dict[str, MixedSetConfig] = Field(default_factory=dict, description="name → data set, instead of `shards`")
     mix: Literal["weighted", "round_robin"] = Field(

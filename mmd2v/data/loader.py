@@ -108,25 +108,30 @@ class Loader:
             worker = given % max(1, self._workers)  # batches are handed out in turn
             return f"rank {self._rank}'s {self._states.describe(worker, self._shard_name)}"
 
-        with Watchdog(self._stall_warning, awaited) as watchdog:
-            # A ring an iteration: the workers of an earlier one may have been ended at any point.
-            ring = Ring(self._workers, self._prefetch, self._images) if self._images and self._workers else None
-            self._loader.worker_init_fn = partial(_start_worker, ring)
-            batches = iter(self._loader)
-            while True:
-                watchdog.expect()
-                try:
-                    item = next(batches)
-                except StopIteration:
-                    return
-                except RuntimeError as error:
-                    raise _explained(error, awaited()) from error
-                finally:
-                    watchdog.arrived()
-                if isinstance(item, _Failure):
-                    raise UserError(item.message)
-                given += 1
-                yield item.open() if isinstance(item, Parcel) else item
+        # A ring an iteration: the workers of an earlier one may have been ended at any point.
+        ring = Ring(self._workers, self._prefetch, self._images) if self._images and self._workers else None
+        self._loader.worker_init_fn = partial(_start_worker, ring)
+        batches = iter(self._loader)  # forks: before the watchdog's thread, of which a fork would copy half
+        try:
+            with Watchdog(self._stall_warning, awaited) as watchdog:
+                while True:
+                    watchdog.expect()
+                    try:
+                        item = next(batches)
+                    except StopIteration:
+                        return
+                    except RuntimeError as error:
+                        raise _explained(error, awaited()) from error.with_traceback(None)
+                    finally:
+                        watchdog.arrived()
+                    if isinstance(item, _Failure):
+                        raise UserError(item.message)
+                    given += 1
+                    yield item.open() if isinstance(item, Parcel) else item
+        finally:
+            # Ends the workers now. Left to the garbage collector, their queues may go first, and torch would wait for
+            # seconds for workers that never hear of the end.
+            del batches
 
     def epochs(self, index: int) -> dict[str, float]:
         """Passes over the data before a position (a sample, or a step of tokens).

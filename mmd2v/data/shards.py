@@ -192,6 +192,11 @@ class ShardSet:
         """Return the index of a shard, opening it if it is not among those used last."""
         return self._entry(shard)[0]
 
+    @property
+    def reads_ranges(self) -> bool:
+        """Whether samples are requested by byte ranges, which `read_many` does side by side."""
+        return self.is_remote and self.source.access == "range"
+
     def prefetch(self, shards: Sequence[int]) -> None:
         """Start to fetch remote shards that are needed next, soonest first; they stay in the cache until they are read.
 

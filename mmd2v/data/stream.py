@@ -10,28 +10,26 @@ Shapes: m images of a micro-batch.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from itertools import groupby, islice
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any
 
 from webdataset import DataPipeline
 
 from mmd2v.config.schema import DataConfig, ShardsConfig, SourceConfig, TrainSetConfig
+from mmd2v.data.addresses import display
 from mmd2v.data.annotations import StoredOutputs
-from mmd2v.data.collate import Collate, EvalView, FetchedSample, TrainView
-from mmd2v.data.cursor import Cursor, Position, micro_batches
-from mmd2v.data.loader import Loader, report_errors, worker_share
+from mmd2v.data.collate import Collate, EvalView, TrainView
+from mmd2v.data.cursor import Cursor
+from mmd2v.data.loader import Loader, report_errors
 from mmd2v.data.mixture import Mixture, RoundRobin, SingleSet, TrainOrder, Weighted
+from mmd2v.data.positions import FETCHED_AHEAD, EvalPositions, PassPositions, ShardPass, TrainPositions
+from mmd2v.data.sample_reader import SampleReader
 from mmd2v.data.shards import ShardSet
 from mmd2v.data.token_batches import TokenOrder, TokenPositions
 from mmd2v.data.token_lengths import open_texts
 from mmd2v.data.tokenizers import Tokenizer
-from mmd2v.data.watch import Stage, WorkerStates
+from mmd2v.data.watch import WorkerStates
 from mmd2v.errors import UserError
-
-_FETCHED_AHEAD = 2
-"""Windows of shards that are fetched from afar: the present one and the next."""
 
 
 def dataset_size(train: TrainSetConfig | ShardsConfig, source: SourceConfig | None = None) -> int:
@@ -118,40 +116,23 @@ def train_loader(
             f"start index: found {start_index}, expected a multiple of the {step} samples of a step "
             f"({world_size} ranks × {micro_batch_size} × {accumulation})"
         )
-    tolerant = config.damage.limit > 0
     together = Cursor.lanes_together(config.lanes, step // config.lanes or 1, micro_batch_size)
     # A batch may straddle two windows of shards in each lane it touches.
     cache = 2 * config.shuffle_shards * together
     for stored in outputs:
         stored.keep_open(cache * len(config.train.named_sets))
+    tolerant = config.damage.limit > 0
     sets = [
-        ShardSet(
-            one.shards,
-            one.limit,
-            cache=cache,
-            source=config.source,
-            tolerant=tolerant,
-        )
+        ShardSet(one.shards, one.limit, cache=cache, source=config.source, tolerant=tolerant)
         for one in config.train.named_sets.values()
     ]
     order = train_order(config, sets, seed=seed, batch=step, micro_batch_size=micro_batch_size)
-    tolerant = damage_allowed(config, sum(map(len, sets))) > 0
-    for shards in sets:
-        shards.tolerant = tolerant
-    states = WorkerStates(config.workers)
-    positions = _TrainPositions(order, sets, config.shuffle_shards, start_index, rank, world_size, micro_batch_size)
-    fetch = _Fetch(sets, list(config.train.named_sets), images, tolerant, states)
-    collate = Collate(TrainView(config, seed), tokenizer, config.labels, images, tolerant, states, outputs)
-    return Loader(
-        DataPipeline(positions, fetch, collate, report_errors),
-        config,
-        None,
-        states=states,
-        shard_name=lambda set_, shard: sets[set_].paths[shard],
-        order=order,
-        rank=rank,
-        images=(micro_batch_size, config.image.size) if images else None,
-        pin_memory=pin_memory,
+    positions = TrainPositions(order, sets, config.shuffle_shards, start_index, rank, world_size, micro_batch_size)
+    collate = Collate(TrainView(config, seed), tokenizer, config.labels, images, outputs=outputs)
+    _tolerate(config, sets, collate, sum(map(len, sets)))
+    names = list(config.train.named_sets)
+    return _loader(
+        config, sets, names, positions, collate, micro_batch_size, order=order, rank=rank, pin_memory=pin_memory
     )
 
 
@@ -185,31 +166,12 @@ def token_loader(
     """
     order.check_parts(world_size * accumulation)
     # A window may share its first and last shard with its neighbours, and two windows may be in use.
-    ahead = _FETCHED_AHEAD * (config.shuffle_shards + 1)
+    ahead = FETCHED_AHEAD * (config.shuffle_shards + 1)
     shards, _ = open_texts(config, tokenizer, cache=ahead)
-    tolerant = shards.tolerant = damage_allowed(config, len(shards)) > 0
-    states = WorkerStates(config.workers)
     positions = TokenPositions(order, shards, start_step, rank, world_size, accumulation, ahead)
-    fetch = _Fetch([shards], [""], False, tolerant, states)
-    collate = Collate(TrainView(config, seed), tokenizer, config.labels, False, tolerant, states)
-    return Loader(
-        DataPipeline(positions, fetch, collate, report_errors),
-        config,
-        None,
-        states=states,
-        shard_name=lambda _, shard: shards.paths[shard],
-        order=order,
-        rank=rank,
-        pin_memory=pin_memory,
-    )
-
-
-class ShardPass(NamedTuple):
-    """All samples of a shard in file order, as training sees them in an epoch."""
-
-    set: int
-    shard: int
-    epoch: int
+    collate = Collate(TrainView(config, seed), tokenizer, config.labels, images=False)
+    _tolerate(config, [shards], collate, order.texts)
+    return _loader(config, [shards], [""], positions, collate, 0, order=order, rank=rank, pin_memory=pin_memory)
 
 
 def annotation_loader(
@@ -240,21 +202,12 @@ def annotation_loader(
     Raises:
         UserError: as `train_loader`.
     """
-    tolerant = damage_allowed(config, sum(map(len, sets))) > 0
-    for shards in sets:
-        shards.tolerant = tolerant
-    positions = _PassPositions(sets, passes, batch_size)
-    states = WorkerStates(config.workers)
-    fetch = _Fetch(sets, [""] * len(sets), images, tolerant, states)
-    collate = Collate(TrainView(config, seed), tokenizer, None, images, tolerant, states)
-    return Loader(
-        DataPipeline(positions, fetch, collate, report_errors),
-        config,
-        positions.batches,
-        states=states,
-        shard_name=lambda set_, shard: sets[set_].paths[shard],
-        rank=rank,
-        pin_memory=pin_memory,
+    positions = PassPositions(sets, passes, batch_size)
+    collate = Collate(TrainView(config, seed), tokenizer, None, images)
+    _tolerate(config, sets, collate, sum(map(len, sets)))
+    names = [""] * len(sets)
+    return _loader(
+        config, sets, names, positions, collate, batch_size, batches=positions.batches, rank=rank, pin_memory=pin_memory
     )
 
 
@@ -285,130 +238,44 @@ def eval_loader(
     total = len(shard_set)
     first, last = rank * total // world_size, (rank + 1) * total // world_size
     batches = math.ceil((last - first) / batch_size)
-    states = WorkerStates(config.workers)
-    positions = _EvalPositions(shard_set, first, last, batch_size)
-    fetch = _Fetch([shard_set], [""], True, False, states)
-    collate = Collate(EvalView(config), tokenizer, None, states=states)
-    return Loader(
-        DataPipeline(positions, fetch, collate, report_errors),
-        config,
-        batches,
-        states=states,
-        shard_name=lambda _, shard: shard_set.paths[shard],
-        rank=rank,
-        images=(batch_size, config.image.size),
-        pin_memory=pin_memory,
+    positions = EvalPositions(shard_set, first, last, batch_size)
+    collate = Collate(EvalView(config), tokenizer, None)
+    return _loader(
+        config, [shard_set], [""], positions, collate, batch_size, batches=batches, rank=rank, pin_memory=pin_memory
     )
 
 
-# The stages are objects and no closures, so that loader processes can be spawned as well as forked.
+def _tolerate(config: DataConfig, sets: Sequence[ShardSet], collate: Collate, samples: int) -> None:
+    """Put up with damage, if any is allowed among so many samples."""
+    collate.tolerant = damage_allowed(config, samples) > 0
+    for shards in sets:
+        shards.tolerant = collate.tolerant
 
 
-@dataclass(frozen=True)
-class _TrainPositions:
-    """First stage in training: where this worker's micro-batches lie."""
-
-    order: TrainOrder
-    sets: Sequence[ShardSet]
-    window: int
-    start_index: int
-    rank: int
-    world_size: int
-    micro_batch_size: int
-
-    def __call__(self) -> Iterator[list[Position]]:
-        worker, workers = worker_share()
-        share = micro_batches(
-            start_index=self.start_index,
-            rank=self.rank,
-            world_size=self.world_size,
-            micro_batch_size=self.micro_batch_size,
-            first=worker,
-            stride=workers,
-        )
-        for indices in share:
-            self._fetch_ahead(indices)
-            yield [self.order[index] for index in indices]
-
-    def _fetch_ahead(self, indices: range) -> None:
-        if not any(getattr(shards, "is_remote", False) for shards in self.sets):
-            return
-        found = self.order.upcoming_shards(indices, _FETCHED_AHEAD * self.window)
-        for set_, shards in enumerate(self.sets):
-            if getattr(shards, "is_remote", False):
-                shards.prefetch([shard for of, shard in found if of == set_])
-
-
-@dataclass(frozen=True)
-class _PassPositions:
-    """First stage where shards are gone through one by one: this worker's share of the batches of all passes."""
-
-    sets: Sequence[ShardSet]
-    passes: Sequence[ShardPass]
-    batch_size: int
-
-    @property
-    def batches(self) -> int:
-        """Batches of all workers together."""
-        return sum(math.ceil(int(self.sets[set_].counts[shard]) / self.batch_size) for set_, shard, _ in self.passes)
-
-    def __call__(self) -> Iterator[list[Position]]:
-        worker, workers = worker_share()
-        for number, start in islice(self._starts(), worker, None, workers):
-            set_, shard, epoch = self.passes[number]
-            shards = self.sets[set_]
-            if getattr(shards, "is_remote", False):
-                ahead = self.passes[number : number + _FETCHED_AHEAD]
-                shards.prefetch([later.shard for later in ahead if later.set == set_])
-            rows = range(start, min(start + self.batch_size, int(shards.counts[shard])))
-            yield [Position(epoch, shard, row, set_) for row in rows]
-
-    def _starts(self) -> Iterator[tuple[int, int]]:
-        """(number of a pass, first row) of every batch."""
-        for number, (set_, shard, _) in enumerate(self.passes):
-            for start in range(0, int(self.sets[set_].counts[shard]), self.batch_size):
-                yield number, start
-
-
-@dataclass(frozen=True)
-class _EvalPositions:
-    """First stage in evaluation: this worker's share of the images ``first`` … ``last - 1`` in file order."""
-
-    shards: ShardSet
-    first: int
-    last: int
-    batch_size: int
-
-    def __call__(self) -> Iterator[list[Position]]:
-        worker, workers = worker_share()
-        for start in range(self.first + worker * self.batch_size, self.last, workers * self.batch_size):
-            rows = range(start, min(start + self.batch_size, self.last))
-            yield [Position(0, *self.shards.locate(row)) for row in rows]
-
-
-@dataclass(frozen=True)
-class _Fetch:
-    """Second stage: positions → bytes."""
-
-    sets: Sequence[ShardSet]
-    names: Sequence[str]
-    images: bool
-    tolerant: bool
-    states: WorkerStates
-
-    def __call__(self, source: Iterator[list[Position]]) -> Iterator[list[FetchedSample]]:
-        for places in source:
-            yield self._read(places)
-
-    def _read(self, places: Sequence[Position]) -> list[FetchedSample]:
-        """Read a batch shard by shard: a shard's index and file are looked up once, and a late one has a name."""
-        fetched: dict[int, FetchedSample] = {}
-        by_shard = sorted(range(len(places)), key=lambda i: (places[i].set, places[i].shard))
-        for (set_, shard), group in groupby(by_shard, key=lambda i: (places[i].set, places[i].shard)):
-            rows = list(group)
-            self.states.enter(Stage.READING, set_, shard)
-            shards = self.sets[set_]
-            raws = shards.read_many([(shard, places[i].row) for i in rows], images=self.images)
-            for i, raw in zip(rows, raws, strict=True):
-                fetched[i] = FetchedSample(places[i], shards.paths[shard], self.names[set_], raw)
-        return [fetched[i] for i in range(len(places))]
+def _loader(
+    config: DataConfig,
+    sets: Sequence[ShardSet],
+    names: Sequence[str],
+    positions: Any,
+    collate: Collate,
+    batch_size: int,
+    *,
+    batches: int | None = None,
+    order: TrainOrder | TokenOrder | None = None,
+    rank: int,
+    pin_memory: bool | None,
+) -> Loader:
+    """Put the stages together: places → bytes → batches, and what tells who is late."""
+    states = collate.states = WorkerStates(config.workers)
+    reader = SampleReader(sets, names, collate.images, states)
+    return Loader(
+        DataPipeline(positions, reader, collate, report_errors),
+        config,
+        batches,
+        states=states,
+        shard_name=lambda set_, shard: display(sets[set_].paths[shard]),
+        order=order,
+        rank=rank,
+        images=(batch_size, config.image.size) if collate.images else None,
+        pin_memory=pin_memory,
+    )

@@ -352,7 +352,7 @@ class TokenPositions:
         while True:
             steps, turn = divmod(number, self.accumulation)
             step = self.start_step + steps
-            if getattr(self.shards, "is_remote", False):
+            if self.shards.is_remote:
                 self.shards.prefetch(self.order.upcoming_shards(step, self.ahead))
             yield self.order.micro_batch(step, turn * self.world_size + self.rank, self.world_size * self.accumulation)
             number += workers

@@ -42,8 +42,9 @@ from mmd2v.data.annotations import (
 from mmd2v.data.batch import Batch
 from mmd2v.data.damage import DamagedSample, DamageTally
 from mmd2v.data.device import DeviceCopy
+from mmd2v.data.positions import ShardPass
 from mmd2v.data.shards import ShardSet
-from mmd2v.data.stream import ShardPass, annotation_loader, damage_allowed
+from mmd2v.data.stream import annotation_loader, damage_allowed
 from mmd2v.data.tokenizers import Tokenizer, load_tokenizer
 from mmd2v.distributed import environment
 from mmd2v.distributed.collectives import gather_objects

@@ -14,7 +14,7 @@ from mmd2v.errors import UserError
 
 
 def mixtures():
-    weighted = st.lists(st.floats(0.1, 10), min_size=1, max_size=4).map(
+    weighted = st.lists(st.floats(1, 10), min_size=1, max_size=4).map(
         lambda weights: Weighted({str(k): w for k, w in enumerate(weights)}, seed=3, block=64)
     )
     return st.one_of(st.builds(RoundRobin, st.integers(1, 4), st.integers(1, 9)), weighted, st.just(SingleSet()))

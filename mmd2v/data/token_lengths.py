@@ -71,7 +71,9 @@ class LengthFiles:
         """Describe the files of a set and a loaded tokenizer."""
         from mmd2v.data.shard_cache import default_folder
 
-        return cls(paths, tokenizer.fingerprint, folder, source.cache_dir or default_folder())
+        # A folder of their own: what lies beside the shards is the cache's to evict.
+        cache = os.path.join(source.cache_dir or default_folder(), "lengths")
+        return cls(paths, tokenizer.fingerprint, folder, cache)
 
     def candidates(self, shard: int) -> list[Path]:
         """Where the file of a shard may be, first choice first."""

@@ -124,7 +124,7 @@ def test_a_folder_that_cannot_be_written_leaves_them_in_the_cache(folder, monkey
     )
     write_lengths(str(folder / "set"), settings(folder), workers=1)
     shards, files = opened(folder)
-    assert [path.parent for path in map(files.find, range(5))] == [folder / "cache"] * 5
+    assert [path.parent for path in map(files.find, range(5))] == [folder / "cache" / "lengths"] * 5
     assert missing_lengths(shards, files) == []
     assert not list((folder / "set").glob("*.lengths"))
 

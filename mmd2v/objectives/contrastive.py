@@ -68,17 +68,18 @@ class Contrastive(Objective):
         text_nD = output.embedding[self.names["text"]]
         offset = rank() * len(batch)
         owner_n = batch.caption_image + offset
+        owner_N = all_gather_with_gradient(owner_n)
         loss = contrastive(
             image_bD,
             text_nD,
             all_gather_with_gradient(image_bD),
             all_gather_with_gradient(text_nD),
             owner_n,
-            all_gather_with_gradient(owner_n),
+            owner_N,
             offset,
             self.scale(),
             self.config.label_smoothing,
-            _weights(batch),
+            _weights(batch, owner_N),
         )
         return {"contrastive_loss": loss}
 
@@ -87,9 +88,10 @@ class Contrastive(Objective):
         return {"contrastive_scale": self.scale().detach()}
 
 
-def _weights(batch: Batch) -> ContrastiveWeights | None:
-    """A damaged sample is neither query nor negative, on any rank."""
+def _weights(batch: Batch, owner_N: torch.Tensor) -> ContrastiveWeights | None:
+    """A damaged sample is neither query nor negative, on any rank; a caption counts as its image does."""
     image_b, text_n = batch.weights, batch.caption_weights
     if image_b is None or text_n is None:
         return None
-    return ContrastiveWeights(image_b, text_n, all_gather_with_gradient(image_b), all_gather_with_gradient(text_n))
+    image_B = all_gather_with_gradient(image_b)
+    return ContrastiveWeights(image_b, text_n, image_B, image_B[owner_N])

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from mmd2v_kernels import contrastive
+from mmd2v_kernels import ContrastiveWeights, contrastive
 
 
 def embeddings(rows: int, width: int = 8) -> torch.Tensor:
@@ -66,3 +66,27 @@ def test_logits_keep_fp32_under_autocast():
     with torch.autocast("cpu", dtype=torch.bfloat16):
         loss = whole(image, text, owner, scale)
     torch.testing.assert_close(loss, whole(image, text, owner, scale), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_rows_of_weight_0_are_as_if_they_were_not_there(smoothing):
+    torch.manual_seed(3)
+    image, text, owner, scale = embeddings(5), embeddings(10), torch.arange(5).repeat_interleave(2), torch.tensor(9.0)
+    image_weight = torch.tensor([1.0, 0.0, 1.0, 1.0, 0.0])
+    text_weight = image_weight[owner]
+    weights = ContrastiveWeights(image_weight, text_weight, image_weight, text_weight)
+    loss = contrastive(image, text, image, text, owner, owner, 0, scale, smoothing, weights)
+    kept, captions = image_weight.nonzero()[:, 0], text_weight.nonzero()[:, 0]
+    expected = whole(image[kept], text[captions], torch.arange(3).repeat_interleave(2), scale, smoothing)
+    torch.testing.assert_close(loss, expected * 3 / 5)  # the mean still divides by all rows
+    for gradient, weight in zip(torch.autograd.grad(loss, [image, text]), (image_weight, text_weight), strict=True):
+        assert gradient.isfinite().all()
+        assert torch.equal(gradient.abs().sum(1) > 0, weight > 0)
+
+
+def test_weights_of_1_change_nothing():
+    torch.manual_seed(4)
+    image, text, owner, scale = embeddings(4), embeddings(8), torch.arange(4).repeat_interleave(2), torch.tensor(9.0)
+    ones = ContrastiveWeights(*(torch.ones(n) for n in (4, 8, 4, 8)))
+    weighted = contrastive(image, text, image, text, owner, owner, 0, scale, 0.1, ones)
+    torch.testing.assert_close(weighted, whole(image, text, owner, scale, 0.1), rtol=1e-6, atol=0)

@@ -213,6 +213,20 @@ def test_text_and_limits_resume_too(tmp_path, monkeypatch):
     same(tmp_path / "whole", tmp_path / "out")
 
 
+def test_edited_captions_of_a_folder_are_another_source(tmp_path, monkeypatch):
+    folder, out = tmp_path / "in", tmp_path / "out"
+    write_images(folder, [f"{n:03d}.jpg" for n in range(20)])
+    for n in range(20):
+        (folder / f"{n:03d}.txt").write_text(captions_of(n)[0])
+    with monkeypatch.context() as patched:
+        stop_after(patched, 2, KeyboardInterrupt())
+        with pytest.raises(KeyboardInterrupt):
+            pack(folder, out, shard_size=SIZE)
+    (folder / "015.txt").write_text("another caption")
+    with pytest.raises(UserError, match="of a source that has changed since"):
+        pack(folder, out, shard_size=SIZE)
+
+
 def test_the_manifest_has_the_checksums(source, tmp_path):
     import hashlib
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from mmd2v.data.captions import text_captions
 from mmd2v.data.damage import Damage, DamageKind
+from mmd2v.data.image_files import Stamp, stamp
 from mmd2v.data.shards import IMAGE_SUFFIXES
 from mmd2v.data.sources.base import Record, image_id
 from mmd2v.data.sources.caption_file import CaptionFile
@@ -29,6 +32,8 @@ class Folder(CaptionFile):
         files = sorted(entry for entry in path.rglob("*") if entry.is_file())
         images = [entry for entry in files if entry.suffix.lower().lstrip(".") in IMAGE_SUFFIXES]
         texts = {entry.with_suffix(""): entry for entry in files if entry.suffix.lower() == ".txt"}
+        # Before they are read: one that is edited meanwhile is another file.
+        self._texts = [stamp(entry) for entry in files if entry.suffix.lower() == ".txt"]
         without = [str(entry) for entry in images if entry.with_suffix("") not in texts]
         if without:
             found = f"{len(without)} of {len(images)} images have"
@@ -54,3 +59,8 @@ class Folder(CaptionFile):
             damage = Damage(DamageKind.NO_IMAGE, f"{texts[stem]}: no image beside it")
             records.append(Record(name, name, ["absent"], damage=damage))
         return records
+
+    def stamps(self) -> Iterator[Stamp]:
+        """See `Source.stamps`: the captions too, each in a file of its own."""
+        yield from self._texts
+        yield from super().stamps()

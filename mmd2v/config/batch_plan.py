@@ -21,11 +21,6 @@ class BatchPlan:
     accumulation: int
     unit: Literal["images", "samples", "tokens"] = "images"
 
-    @property
-    def images_per_rank(self) -> int:
-        """Images a rank sees in one optimiser step."""
-        return self.micro_batch * self.accumulation
-
     def __str__(self) -> str:
         ranks = f"{self.ranks} rank" + "s" * (self.ranks > 1)
         if self.unit == "tokens":
@@ -46,11 +41,12 @@ def plan_batches(config: Config, ranks: int) -> BatchPlan:
         return BatchPlan(tokens, ranks, tokens // (ranks * accumulation), accumulation, "tokens")
     total = config.engine.batch_size
     assert total is not None  # the schema wants one of the two
+    unit: Literal["images", "samples"] = "images" if config.uses_images else "samples"
     if total % ranks:
         lower, upper = total // ranks * ranks, (total // ranks + 1) * ranks
         near = f"{lower} or {upper}" if lower else str(upper)
         raise UserError(
-            f"engine.batch_size: {total} images cannot be divided by {ranks} ranks: {total} = {ranks} × "
+            f"engine.batch_size: {total} {unit} cannot be divided by {ranks} ranks: {total} = {ranks} × "
             f"{total // ranks} + {total % ranks}; nearest sizes that can: {near}"
         )
     share = total // ranks
@@ -60,10 +56,10 @@ def plan_batches(config: Config, ranks: int) -> BatchPlan:
         nearest = min(divisors, key=lambda d: abs(d - micro))
         raise UserError(
             f"engine.micro_batch_size: {micro} does not divide a rank's share of the batch: engine.batch_size {total} "
-            f"/ {ranks} ranks = {share} images = {micro} × {share // micro} + {share % micro}; nearest size that does: "
+            f"/ {ranks} ranks = {share} {unit} = {micro} × {share // micro} + {share % micro}; nearest size that does: "
             f"{nearest}"
         )
-    return BatchPlan(total, ranks, micro, share // micro, "images" if config.uses_images else "samples")
+    return BatchPlan(total, ranks, micro, share // micro, unit)
 
 
 def total_steps(config: Config, plan: BatchPlan, dataset_size: int | None, epoch_steps: int | None = None) -> int:

@@ -15,7 +15,7 @@ def test_any_product_can_be_planned(ranks, micro, accumulation):
     total = ranks * micro * accumulation
     plan = plan_batches(small_config(engine={"batch_size": total, "micro_batch_size": micro}), ranks)
     assert (plan.micro_batch, plan.accumulation, plan.global_batch) == (micro, accumulation, total)
-    assert plan.images_per_rank * ranks == total
+    assert plan.micro_batch * plan.accumulation * ranks == total
 
 
 def test_batch_that_ranks_do_not_divide_shows_the_arithmetic():
@@ -28,6 +28,18 @@ def test_batch_that_ranks_do_not_divide_shows_the_arithmetic():
 def test_micro_batch_that_does_not_divide_shows_the_arithmetic():
     with pytest.raises(UserError, match=r"256 / 2 ranks = 128 images = 48 × 2 \+ 32; nearest size that does: 32"):
         plan_batches(small_config(engine={"batch_size": 256, "micro_batch_size": 48}), 2)
+
+
+def test_messages_of_a_run_on_text_speak_of_samples():
+    text = {
+        "model__encoders": {"text": {"kind": "tokens"}},
+        "objectives": [{"kind": "attributes", "modality": "text", "classes": 3}],
+        "data__labels": "vector",
+    }
+    with pytest.raises(UserError, match=r"engine\.batch_size: 100 samples cannot be divided by 3 ranks"):
+        plan_batches(small_config(engine={"batch_size": 100}, **text), 3)
+    with pytest.raises(UserError, match=r"256 / 2 ranks = 128 samples = 48 × 2 \+ 32"):
+        plan_batches(small_config(engine={"batch_size": 256, "micro_batch_size": 48}, **text), 2)
 
 
 def test_steps_of_epochs_are_rounded_up():

@@ -42,11 +42,17 @@ def is_remote(address: str) -> bool:
 
 def display(address: str) -> str:
     """Write an address without the secrets it may hold: user, password and the query of a signed link."""
+    plain = without_secrets(address)
+    return plain + ("?…" if plain != address and urlsplit(address).query else "")
+
+
+def without_secrets(address: str) -> str:
+    """An address without user, password and query: the same however often a link is signed anew."""
     if not address.startswith(("http://", "https://")):
         return address
     parts = urlsplit(address)
     host = parts.netloc.rpartition("@")[2]
-    return f"{parts.scheme}://{host}{parts.path}" + ("?…" if parts.query else "")
+    return f"{parts.scheme}://{host}{parts.path}"
 
 
 def split_address(address: str) -> tuple[str, str, str]:

@@ -25,6 +25,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from mmd2v.data.addresses import display
 from mmd2v.data.cursor import Position
 from mmd2v.data.draws import permutation
 from mmd2v.data.loader import worker_share
@@ -73,8 +74,8 @@ class ShardLengths:
         rows = int(self.rows_S[shard])
         if len(starts_R) <= rows:
             raise UserError(
-                f"{self.files.paths[shard]}: found the token lengths of {len(starts_R) - 1} samples, expected {rows}: "
-                f"the shard was replaced; delete {self.files.find(shard) or self.files.target(shard)}"
+                f"{display(self.files.paths[shard])}: found the token lengths of {len(starts_R) - 1} samples, expected "
+                f"{rows}: the shard was replaced; delete {self.files.find(shard) or self.files.target(shard)}"
             )
         starts_R = starts_R[: rows + 1]
         lengths_N = np.minimum(lengths_N[: starts_R[-1]] + np.int32(self.specials), np.int32(self.max_length))

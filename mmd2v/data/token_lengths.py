@@ -27,6 +27,7 @@ from typing import NamedTuple
 import numpy as np
 
 from mmd2v.config.schema import DataConfig, SourceConfig, TokenizerConfig
+from mmd2v.data.addresses import PIPE, display, is_remote, without_secrets
 from mmd2v.data.damage import Damage, DamageKind
 from mmd2v.data.shards import ShardSet
 from mmd2v.data.tokenizers import Tokenizer, load_tokenizer
@@ -56,12 +57,14 @@ class LengthFiles:
 
     Attributes:
         paths: S shards, as `ShardSet.paths`.
+        names: S, what tells the shards apart for as long as they stay where they are.
         fingerprint: of the tokenizer.
         folder: see `DataConfig.lengths_dir`.
         cache: folder for what cannot be written beside its shard.
     """
 
     paths: Sequence[str]
+    names: Sequence[str]
     fingerprint: str
     folder: str | None
     cache: str
@@ -73,17 +76,21 @@ class LengthFiles:
 
         # A folder of their own: what lies beside the shards is the cache's to evict.
         cache = os.path.join(source.cache_dir or default_folder(), "lengths")
-        return cls(paths, tokenizer.fingerprint, folder, cache)
+        # A signature changes from day to day, but some servers tell files apart by nothing but the query.
+        names = [without_secrets(path) for path in paths]
+        names = names if len(set(names)) == len(paths) else paths
+        return cls(paths, names, tokenizer.fingerprint, folder, cache)
 
     def candidates(self, shard: int) -> list[Path]:
         """Where the file of a shard may be, first choice first."""
         path = self.paths[shard]
         ending = f".{self.fingerprint[:8]}{LENGTHS_SUFFIX}"
-        # Shards of several folders may have one name.
-        apart = f"{hashlib.sha256(path.encode()).hexdigest()[:8]}-{path.rpartition('/')[2][-80:]}{ending}"
+        # Shards of several folders may have one name. A command may hold secrets anywhere.
+        readable = "pipe" if path.startswith(PIPE) else without_secrets(path).rpartition("/")[2][-80:]
+        apart = f"{hashlib.sha256(self.names[shard].encode()).hexdigest()[:8]}-{readable}{ending}"
         if self.folder is not None:
             return [Path(self.folder) / apart]
-        beside = [] if _is_remote(path) else [Path(path + ending)]
+        beside = [] if is_remote(path) else [Path(path + ending)]
         return [*beside, Path(self.cache) / apart]
 
     def find(self, shard: int) -> Path | None:
@@ -102,16 +109,15 @@ class LengthFiles:
         """Read the file of a shard.
 
         Raises:
-            UserError: there is none, or it is damaged.
+            UserError: there is none of the tar as it is now, or it is damaged.
         """
-        path = next((path for path in self.candidates(shard) if path.exists()), None)
+        path = self.find(shard)
         if path is None:
-            raise UserError(f"{self.paths[shard]}: its file of token lengths is gone; expected {self.target(shard)}")
+            raise UserError(
+                f"{display(self.paths[shard])}: its file of token lengths is gone, or of another tar; expected "
+                f"{self.target(shard)}"
+            )
         return read_counts(path)
-
-
-def _is_remote(path: str) -> bool:
-    return "://" in path or path.startswith("pipe:")
 
 
 def read_counts(path: Path) -> Counts:
@@ -154,7 +160,7 @@ def _belongs(path: Path, fingerprint: str, shard: str) -> bool:
         return False
     if (record.get("version"), record.get("fingerprint")) != (_VERSION, fingerprint):
         return False
-    if _is_remote(shard) or not os.path.exists(shard):
+    if is_remote(shard) or not os.path.exists(shard):
         return True
     # Tars are padded to 10 kB: another one may well have as many bytes.
     tar = os.stat(shard)
@@ -306,7 +312,7 @@ def command(paths: Sequence[str] | str, tokenizer: TokenizerConfig, folder: str 
     named = [paths] if isinstance(paths, str) else paths
     kind = "" if tokenizer.kind == "hf" else f" --kind {tokenizer.kind}"
     out = "" if folder is None else f" --out {folder}"
-    return f"mmd2v data lengths {' '.join(named)} --tokenizer {tokenizer.path}{kind}{out}"
+    return f"mmd2v data lengths {' '.join(map(display, named))} --tokenizer {tokenizer.path}{kind}{out}"
 
 
 def write_lengths(

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from mmd2v.config.schema import Config
+from mmd2v.data.addresses import display
 from mmd2v.data.shards import ShardSet
 from mmd2v.data.token_batches import ShardLengths, TokenOrder, Totals
 from mmd2v.data.token_lengths import LengthFiles, command, make_lengths, missing_lengths, open_texts
@@ -103,8 +104,8 @@ def _check_seen(config: Config, shards: ShardSet, files: LengthFiles) -> None:
     if missing:
         raise UserError(
             f"data.batch_tokens: found no token lengths of {len(missing)} of {np.count_nonzero(shards.counts)} shards, "
-            f"the first of them {shards.paths[missing[0]]}; expected {files.target(missing[0])}. Make them with "
-            f"`{_command(config)}`; on several nodes with --out FOLDER and data.lengths_dir: FOLDER, which all see"
+            f"the first of them {display(shards.paths[missing[0]])}; expected {files.target(missing[0])}. Make them "
+            f"with `{_command(config)}`; on several nodes with --out FOLDER and data.lengths_dir: FOLDER, which all see"
         )
 
 

@@ -129,6 +129,55 @@ def test_a_folder_that_cannot_be_written_leaves_them_in_the_cache(folder, monkey
     assert not list((folder / "set").glob("*.lengths"))
 
 
+def test_a_stale_file_beside_its_shard_does_not_hide_the_good_one(folder, monkeypatch):
+    write_lengths(str(folder / "set"), settings(folder), workers=1)
+    _, files = opened(folder)
+    fresh = files.read(0)
+    beside, cached = files.candidates(0)
+    other = files.find(1).read_bytes()
+    beside.write_bytes(other)
+    os.utime(beside, (0, 0))  # older than the tar: a shard was put in its place, and nobody may write beside it
+    with pytest.raises(UserError, match=rf"shard-000000\.tar: its file .* of another tar; expected {beside}"):
+        files.read(0)
+    monkeypatch.setattr(token_lengths.os, "access", lambda path, mode: Path(path) != folder / "set")
+    write_lengths(str(folder / "set"), settings(folder), workers=1)
+    assert cached.exists() and beside.read_bytes() == other
+    assert files.read(0).lengths_N.tolist() == fresh.lengths_N.tolist() != files.read(1).lengths_N.tolist()
+
+
+def addressed(folder: Path, *paths: str) -> LengthFiles:
+    return LengthFiles.of(paths, load_tokenizer(settings(folder)), None, SourceConfig())
+
+
+def test_a_link_that_is_signed_anew_keeps_its_file(folder):
+    plain, *signed = (
+        addressed(folder, address)
+        for address in (
+            "https://h/set/0.tar",
+            "https://me:hunter2@h/set/0.tar?sign=hunter2",
+            "https://h/set/0.tar?sign=2",
+        )
+    )
+    assert all(files.candidates(0) == plain.candidates(0) for files in signed)
+    assert plain.candidates(0) != addressed(folder, "https://h/other/0.tar").candidates(0)
+    for path in (signed[0], addressed(folder, "pipe:curl -s https://h/0.tar?sign=hunter2")):
+        assert "hunter2" not in str(path.target(0))
+
+
+def test_links_that_differ_by_their_query_alone_have_files_of_their_own(folder):
+    files = addressed(folder, "https://h/get.tar?n=0", "https://h/get.tar?n=1")
+    assert files.target(0) != files.target(1)
+
+
+def test_messages_keep_the_secrets_of_an_address(folder):
+    address = "https://me:hunter2@h/set/0.tar?sign=hunter2"
+    with pytest.raises(UserError, match=r"^https://h/set/0\.tar\?…: its file of token lengths is gone") as error:
+        addressed(folder, address).read(0)
+    assert "hunter2" not in str(error.value)
+    shown = token_lengths.command([address, "local.tar"], settings(folder), None)
+    assert shown.startswith("mmd2v data lengths https://h/set/0.tar?… local.tar --tokenizer ")
+
+
 def test_a_named_folder_alone_is_used(folder):
     write_lengths(str(folder / "set"), settings(folder), out=str(folder / "lengths"), workers=1)
     assert len(list((folder / "lengths").iterdir())) == 5 and not list((folder / "set").glob("*.lengths"))

@@ -166,7 +166,9 @@ def test_too_few_texts_for_the_ranks_is_an_error_before_the_first_batch(folder):
 
 def test_a_missing_file_of_lengths_is_named(folder):
     chosen = config(folder, lengths_dir=str(folder / "nowhere"))
-    with pytest.raises(UserError, match=r"shard-000000\.tar: its file of token lengths is gone; expected .*nowhere"):
+    with pytest.raises(
+        UserError, match=r"shard-000000\.tar: its file of token lengths is gone, or of another tar; expected .*nowhere"
+    ):
         order_of(chosen)
 
 

@@ -1,14 +1,17 @@
 """What comes before a run in steps of tokens: counting in rounds, and files that every rank must see."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 from text_runs import sentences, write_text_config, write_texts
 
 from mmd2v.config.load import load_config
 from mmd2v.config.schema import Config
 from mmd2v.data import token_lengths
-from mmd2v.data.tokenizers import train_tokenizer
+from mmd2v.data.token_lengths import Counts, LengthFiles
+from mmd2v.data.tokenizers import load_tokenizer, train_tokenizer
 from mmd2v.errors import UserError
 from mmd2v.train import token_batches
 from mmd2v.train.token_batches import known_token_order, prepare_token_order
@@ -62,6 +65,26 @@ def test_files_that_a_node_does_not_see_are_an_error_with_advice(config, monkeyp
     monkeypatch.setattr(token_batches.ShardLengths, "totals", lambda self: None)
     with pytest.raises(UserError, match=r"Make them with `mmd2v data lengths .*`; on several nodes with --out FOLDER"):
         prepare_token_order(config, 1)
+
+
+def test_advice_keeps_the_secrets_of_an_address(config):
+    address = "http://me:hunter2@127.0.0.1/set/0.tar?sign=hunter2"
+    train = config.data.train.model_copy(update={"shards": address})
+    config = config.model_copy(update={"data": config.data.model_copy(update={"train": train})})
+    tokenizer = load_tokenizer(config.data.tokenizer)
+    files = LengthFiles.of([address], tokenizer, None, config.data.source)
+    shards = SimpleNamespace(paths=[address], counts=np.array([3]))  # nothing is read before the files are found
+    with pytest.raises(UserError, match=r"the first of them http://127\.0\.0\.1/set/0\.tar\?…; ") as error:
+        token_batches._check_seen(config, shards, files)
+    lengths = token_batches.ShardLengths(
+        SimpleNamespace(read=lambda _: Counts(np.zeros(2), np.arange(3)), paths=[address], find=lambda _: "file"),
+        shards.counts,
+        0,
+        9,
+    )
+    with pytest.raises(UserError, match=r"^http://127\.0\.0\.1/set/0\.tar\?…: found the token lengths of 2") as other:
+        lengths(0)
+    assert "hunter2" not in f"{error.value}{other.value}"
 
 
 def test_an_interrupted_count_goes_on(config, monkeypatch):

@@ -16,6 +16,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from mmd2v.config.schema import Config
+from mmd2v.config.secrets import without_secrets
 from mmd2v.errors import UserError, nearest
 
 KeyPath = tuple[str | int, ...]
@@ -402,6 +403,9 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
 
 
 def dump_config(config: Config) -> str:
-    """Return ``config`` as YAML with every field, such that `load_config` of it gives an equal config."""
-    plain = _map_strings(config.model_dump(), lambda text, _: text.replace("${", "$${"))
+    """Return ``config`` as YAML with every field, such that `load_config` of it gives an equal config.
+
+    But for its secrets, which stand there as placeholders: see `mmd2v.config.secrets`.
+    """
+    plain = _map_strings(without_secrets(config.model_dump()), lambda text, _: text.replace("${", "$${"))
     return yaml.dump(plain, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)

@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 from mmd2v.config.schema import SourceConfig
+from mmd2v.config.secrets import check_address, check_options
 from mmd2v.data.addresses import PIPE, display
 from mmd2v.data.damage import Damage, DamageKind
 from mmd2v.data.pipes import PipeFailed, run_pipe
@@ -57,12 +58,14 @@ def file_system(address: str, config: SourceConfig) -> tuple[Any, str]:
     """Return the fsspec file system of an address and its path there.
 
     Raises:
-        UserError: no such protocol, its package is missing, or ``storage_options`` do not fit it.
+        UserError: no such protocol, its package is missing, or ``storage_options`` do not fit it or are placeholders.
     """
     import fsspec
     from fsspec.registry import known_implementations
 
     protocol = urlsplit(address).scheme.rpartition("::")[2] or address.partition("://")[0]
+    check_address(address)
+    check_options(config.storage_options, "data.source.storage_options")
     options = dict(config.storage_options)
     try:
         if not fsspec.get_filesystem_class(protocol).async_impl:

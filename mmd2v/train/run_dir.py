@@ -14,6 +14,7 @@ import yaml
 import mmd2v
 from mmd2v.config.load import dump_config
 from mmd2v.config.schema import Config
+from mmd2v.config.secrets import without_secrets
 from mmd2v.distributed.environment import World
 from mmd2v.files import write_json, write_text
 
@@ -34,7 +35,9 @@ def config_changes(run_dir: Path, config: Config) -> list[str]:
     path = run_dir / CONFIG_FILE
     if not path.is_file():
         return []
-    old, new = (_flat(yaml.safe_load(text)) for text in (path.read_text(encoding="utf-8"), dump_config(config)))
+    # A file that an earlier version wrote may hold secrets, which no message may show.
+    texts = (path.read_text(encoding="utf-8"), dump_config(config))
+    old, new = (_flat(without_secrets(yaml.safe_load(text))) for text in texts)
     keys = [*old, *(key for key in new if key not in old)]
     return [f"{key}: {old.get(key)} → {new.get(key)}" for key in keys if old.get(key) != new.get(key)]
 

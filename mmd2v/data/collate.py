@@ -13,7 +13,6 @@ import numpy as np
 import torch
 
 from mmd2v.config.schema import DataConfig
-from mmd2v.data.annotations import StoredOutputs
 from mmd2v.data.batch import Batch
 from mmd2v.data.cursor import Position
 from mmd2v.data.damage import Damage, DamagedSample, DamageKind
@@ -22,6 +21,7 @@ from mmd2v.data.draws import permutation
 from mmd2v.data.handover import new_images
 from mmd2v.data.image_header import image_size
 from mmd2v.data.shards import RawSample
+from mmd2v.data.stored_outputs import StoredOutputs
 from mmd2v.data.tokenizers import Tokenizer
 from mmd2v.data.transforms import Crop, decode_image, eval_transform, train_transform
 from mmd2v.data.watch import Stage, WorkerStates

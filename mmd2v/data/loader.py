@@ -12,7 +12,7 @@ from types import TracebackType
 from typing import Protocol
 
 import torch
-from torch.utils.data import DataLoader, get_worker_info
+from torch.utils.data import DataLoader
 from webdataset import DataPipeline
 
 from mmd2v.config.schema import DataConfig
@@ -42,12 +42,6 @@ def report_errors(source: Iterator[Batch]) -> Iterator[Batch | Parcel | _Failure
         yield from map(send, source)
     except UserError as error:
         yield _Failure(str(error))
-
-
-def worker_share() -> tuple[int, int]:
-    """(this worker, number of workers); (0, 1) in the training process."""
-    info = get_worker_info()
-    return (info.id, info.num_workers) if info is not None else (0, 1)
 
 
 class Loader:

@@ -12,9 +12,9 @@ from itertools import islice
 from typing import NamedTuple
 
 from mmd2v.data.cursor import Position, micro_batches
-from mmd2v.data.loader import worker_share
 from mmd2v.data.mixture import TrainOrder
 from mmd2v.data.shards import ShardSet
+from mmd2v.data.workers import worker_share
 
 FETCHED_AHEAD = 2
 """Windows of shards that are fetched from afar: the present one and the next."""

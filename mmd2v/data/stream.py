@@ -17,7 +17,6 @@ from webdataset import DataPipeline
 
 from mmd2v.config.schema import DataConfig, ShardsConfig, SourceConfig, TrainSetConfig
 from mmd2v.data.addresses import display
-from mmd2v.data.annotations import StoredOutputs
 from mmd2v.data.collate import Collate, EvalView, TrainView
 from mmd2v.data.cursor import Cursor
 from mmd2v.data.loader import Loader, report_errors
@@ -25,6 +24,7 @@ from mmd2v.data.mixture import Mixture, RoundRobin, SingleSet, TrainOrder, Weigh
 from mmd2v.data.positions import FETCHED_AHEAD, EvalPositions, PassPositions, ShardPass, TrainPositions
 from mmd2v.data.sample_reader import SampleReader
 from mmd2v.data.shards import ShardSet
+from mmd2v.data.stored_outputs import StoredOutputs
 from mmd2v.data.token_batches import TokenOrder, TokenPositions
 from mmd2v.data.token_lengths import open_texts
 from mmd2v.data.tokenizers import Tokenizer

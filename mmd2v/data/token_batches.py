@@ -28,9 +28,9 @@ import numpy as np
 from mmd2v.data.addresses import display
 from mmd2v.data.cursor import Position
 from mmd2v.data.draws import permutation
-from mmd2v.data.loader import worker_share
 from mmd2v.data.shards import ShardSet
 from mmd2v.data.token_lengths import Counts, LengthFiles
+from mmd2v.data.workers import worker_share
 from mmd2v.errors import UserError
 
 LEAST_TEXTS = 8

@@ -21,24 +21,17 @@ from safetensors import SafetensorError
 import mmd2v
 from mmd2v.config.batch_plan import plan_batches, total_steps
 from mmd2v.config.schema import Config
-from mmd2v.data.annotations import (
-    ANY_EPOCH,
+from mmd2v.data.annotation_files import ANY_EPOCH, ShardWriter, is_finished, shard_names, stored_file
+from mmd2v.data.annotation_record import (
     RECORD_NAME,
     Annotation,
     SetRecord,
-    ShardWriter,
     StoredDtype,
-    captions_fixed,
-    differences,
-    is_finished,
-    is_fixed,
-    listed,
     read_record,
-    shard_names,
-    stored_file,
     teacher_folder,
     write_record,
 )
+from mmd2v.data.annotation_settings import captions_fixed, differences, is_fixed, listed
 from mmd2v.data.batch import Batch
 from mmd2v.data.damage import DamagedSample, DamageTally
 from mmd2v.data.device import DeviceCopy

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 
 from mmd2v.config.schema import AttributesConfig, Config
-from mmd2v.data.annotations import StoredOutputs
 from mmd2v.data.batch import Batch
+from mmd2v.data.stored_outputs import StoredOutputs
 from mmd2v.data.tokenizers import Tokenizer
 
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from mmd2v.config.schema import Config
-from mmd2v.data.annotations import StoredOutputs
+from mmd2v.data.stored_outputs import StoredOutputs
 from mmd2v.data.tokenizers import Tokenizer, load_tokenizer
 from mmd2v.distributed.environment import World
 from mmd2v.models.student import Student, build_student

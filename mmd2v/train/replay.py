@@ -11,21 +11,11 @@ import torch
 
 from mmd2v.config.batch_plan import BatchPlan
 from mmd2v.config.schema import Config
-from mmd2v.data.annotations import (
-    ANY_EPOCH,
-    RECORD_NAME,
-    Annotation,
-    StoredOutputs,
-    differences,
-    image_settings,
-    listed,
-    read_record,
-    shard_names,
-    stored_shards,
-    teacher_folder,
-    text_settings,
-)
+from mmd2v.data.annotation_files import ANY_EPOCH, shard_names, stored_shards
+from mmd2v.data.annotation_record import RECORD_NAME, Annotation, read_record, teacher_folder
+from mmd2v.data.annotation_settings import differences, image_settings, listed, text_settings
 from mmd2v.data.shards import ShardSet
+from mmd2v.data.stored_outputs import StoredOutputs
 from mmd2v.data.stream import train_order
 from mmd2v.data.tokenizers import Tokenizer, load_tokenizer
 from mmd2v.errors import UserError, nearest

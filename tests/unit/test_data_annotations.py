@@ -12,31 +12,21 @@ from data_samples import make_shards
 from safetensors.torch import load_file, save_file
 
 from mmd2v.config.schema import DataConfig, TeacherConfig, TokenizerConfig
-from mmd2v.data.annotations import (
+from mmd2v.data.annotation_files import (
     ANY_EPOCH,
-    Annotation,
-    SetRecord,
     ShardWriter,
-    StoredOutputs,
-    captions_fixed,
-    differences,
     id_hash,
-    image_settings,
     is_finished,
-    is_fixed,
-    listed,
-    read_record,
     shard_names,
     stored_file,
     stored_shards,
-    teacher_folder,
-    text_settings,
-    tokens_key,
-    write_record,
 )
+from mmd2v.data.annotation_record import Annotation, SetRecord, read_record, teacher_folder, write_record
+from mmd2v.data.annotation_settings import captions_fixed, differences, image_settings, is_fixed, listed, text_settings
 from mmd2v.data.cursor import Cursor, Position
 from mmd2v.data.damage import Damage, DamageKind
 from mmd2v.data.shards import ShardSet
+from mmd2v.data.stored_outputs import StoredOutputs, tokens_key
 from mmd2v.data.tokenizers import load_tokenizer, train_tokenizer
 from mmd2v.errors import UserError
 from mmd2v.models.teachers.identity import teacher_settings

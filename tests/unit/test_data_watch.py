@@ -8,8 +8,9 @@ from webdataset import DataPipeline
 
 from mmd2v.config.schema import DataConfig
 from mmd2v.data.batch import Batch
-from mmd2v.data.loader import Loader, report_errors, worker_share
+from mmd2v.data.loader import Loader, report_errors
 from mmd2v.data.watch import Stage, WorkerStates
+from mmd2v.data.workers import worker_share
 from mmd2v.errors import UserError
 
 

@@ -52,6 +52,15 @@ def test_only_train_and_distributed_import_deepspeed():
             assert not [name for name in imports(path) if within(name, "deepspeed")], path
 
 
+def test_an_order_of_samples_needs_no_loader():
+    code = """
+import sys
+import mmd2v.data.positions, mmd2v.data.token_batches
+assert not {"mmd2v.data.loader", "mmd2v.data.handover", "webdataset"}.intersection(sys.modules)
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
 def test_kernels_is_no_import_package():
     assert not (ROOT / "kernels" / "__init__.py").exists()
 

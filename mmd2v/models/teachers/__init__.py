@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from mmd2v.config.schema import Config, TeacherConfig
-from mmd2v.data.annotations import Annotation
+from mmd2v.data.annotation_record import Annotation
 from mmd2v.data.tokenizers import Tokenizer
 from mmd2v.errors import UserError, unknown_name
 from mmd2v.models.teachers.base import Targets, Teacher

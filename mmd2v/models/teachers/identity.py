@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from mmd2v.config.schema import TeacherConfig
-from mmd2v.data.annotations import digest
+from mmd2v.data.annotation_settings import digest
 from mmd2v.errors import UserError
 from mmd2v.models.teachers.base import teacher_dtype
 

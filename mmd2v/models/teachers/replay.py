@@ -6,8 +6,9 @@ Shapes: B images, N captions, D the teacher's width, T E tokens and their width.
 from __future__ import annotations
 
 from mmd2v.config.schema import TeacherConfig
-from mmd2v.data.annotations import Annotation, tokens_key
+from mmd2v.data.annotation_record import Annotation
 from mmd2v.data.batch import Batch
+from mmd2v.data.stored_outputs import tokens_key
 from mmd2v.models.teachers.base import Targets, Teacher
 
 

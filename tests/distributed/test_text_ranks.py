@@ -8,6 +8,10 @@ from harness import run_distributed_test
 from text_runs import make_text_data, sentences, write_text_config, write_texts
 
 from mmd2v.config.load import load_config
+from mmd2v.data import token_lengths
+from mmd2v.data.shards import ShardSet
+from mmd2v.data.token_lengths import Counts, count_shard
+from mmd2v.data.tokenizers import Tokenizer
 from mmd2v.distributed.collectives import world_size
 from mmd2v.train.loop import train
 from mmd2v.train.metrics import read_metrics
@@ -19,8 +23,21 @@ OBJECTIVES = [
 ]
 
 
-def _train(data: Path, folder: Path) -> dict[str, list[dict]]:
-    found = {}
+def _train(data: Path, folder: Path) -> dict[str, list]:
+    """Records of each run, and which shards this rank has counted."""
+    found: dict[str, list] = {"counted": []}
+
+    def count(shards: ShardSet, shard: int, tokenizer: Tokenizer) -> Counts:
+        found["counted"].append(shard)
+        return count_shard(shards, shard, tokenizer)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(token_lengths, "count_shard", count)
+        _train_both(data, folder, found)
+    return found
+
+
+def _train_both(data: Path, folder: Path, found: dict[str, list]) -> None:
     # Of a batch, or of a third of one: what is a mean over micro-batches must not depend on it.
     for name, micro in (("whole", None), ("thirds", 256 // 3 // world_size())):
         file = write_text_config(
@@ -36,7 +53,6 @@ def _train(data: Path, folder: Path) -> dict[str, list[dict]]:
         train(config)
         records = read_metrics(Path(config.run_dir) / "metrics.jsonl")
         found[name] = [r for r in records if "loss" in r]
-    return found
 
 
 def _train_samples(data: Path, folder: Path) -> list[dict]:
@@ -59,7 +75,7 @@ def _train_samples(data: Path, folder: Path) -> list[dict]:
     return read_metrics(Path(config.run_dir) / "metrics.jsonl")
 
 
-def _alone(data: Path, folder: Path) -> dict[str, list[dict]]:
+def _alone(data: Path, folder: Path) -> dict[str, list]:
     return _train(data, folder) | {"samples": _train_samples(data, folder)}
 
 
@@ -71,18 +87,19 @@ def data(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def runs(data, tmp_path_factory) -> dict[int, tuple[Path, dict[str, list[dict]]]]:
+def runs(data, tmp_path_factory) -> dict[int, tuple[Path, list[dict[str, list]]]]:
+    """Number of ranks → folder, and what each rank has found."""
     found = {}
     for ranks in (2, 1):  # two first: its rank 0 counts the tokens while rank 1 waits
         folder = tmp_path_factory.mktemp(f"world{ranks}")
         runs_of = _alone if ranks == 1 else _train
-        found[ranks] = folder, run_distributed_test(runs_of, ranks, args=(data, folder), timeout=200)[0]
+        found[ranks] = folder, run_distributed_test(runs_of, ranks, args=(data, folder), timeout=200)
     return found
 
 
 @pytest.mark.parametrize(("ranks", "name"), [(2, "whole"), (1, "thirds"), (2, "thirds")])
 def test_losses_are_those_of_one_rank(runs, ranks, name):
-    one, divided = runs[1][1]["whole"], runs[ranks][1][name]
+    one, divided = runs[1][1][0]["whole"], runs[ranks][1][0][name]
     assert len(one) == len(divided) == STEPS
     for expected, found in zip(one, divided, strict=True):
         for key in ("loss", "loss/cls_regression_loss/text", "loss/attributes_loss", "gradient_norm"):
@@ -99,11 +116,14 @@ def test_micro_batches_have_different_numbers_of_samples(runs):
 
 
 def test_lengths_are_counted_once(data, runs):
-    assert len(list((data / "train").glob("*.lengths"))) == len(list((data / "train").glob("*.tar")))
+    shards = len(list((data / "train").glob("*.tar")))
+    assert len(list((data / "train").glob("*.lengths"))) == shards
+    assert [rank["counted"] for rank in runs[2][1]] == [list(range(shards)), []]
+    assert runs[1][1][0]["counted"] == []  # its files were there
 
 
 def test_text_alone_in_steps_of_samples_with_several_captions(runs):
-    records = runs[1][1]["samples"]
+    records = runs[1][1][0]["samples"]
     assert [record["epoch"] for record in records] == [pytest.approx(step / 4) for step in range(1, 9)]
     for record in records:
         assert record["throughput(tokens/s)"] > 6 * record["throughput(samples/s)"]  # two captions of 3 tokens or more

@@ -78,14 +78,21 @@ def stored_shards(folder: Path, set_name: str, epoch: int | None) -> set[str]:
     return {name.removesuffix(_SUFFIX) for name in names if name.endswith(_SUFFIX) and not name.startswith(".")}
 
 
-def is_finished(path: Path, annotation: Annotation, rows: int) -> bool:
-    """Whether a file holds the outputs of at least ``rows`` samples and is of this annotation."""
+def stored_rows(path: Path, annotation: Annotation) -> int | None:
+    """Samples whose outputs a file holds, by its header; None: it cannot be read, or is of another annotation."""
     try:
         with safe_open(path, "pt") as file:
-            same = (file.metadata() or {}).get("fingerprint") == annotation.fingerprint
-            return same and file.get_slice("ids").get_shape()[0] >= rows
+            if (file.metadata() or {}).get("fingerprint") != annotation.fingerprint:
+                return None
+            return file.get_slice("ids").get_shape()[0]
     except (OSError, SafetensorError):
-        return False
+        return None
+
+
+def is_finished(path: Path, annotation: Annotation, rows: int) -> bool:
+    """Whether a file holds the outputs of at least ``rows`` samples and is of this annotation."""
+    found = stored_rows(path, annotation)
+    return found is not None and found >= rows
 
 
 class ShardWriter:

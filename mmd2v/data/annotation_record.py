@@ -56,7 +56,7 @@ class Annotation:
 
 @dataclass(frozen=True)
 class SetRecord:
-    """What is stored of a data set once the command that writes it has finished."""
+    """What is stored of a data set once the command that writes it has finished; until then, only its files tell."""
 
     epochs: int
     """Epochs of which something is stored; the last may be stored in part."""

@@ -88,6 +88,11 @@ class StoredOutputs:
                 DamageKind.NOT_ANNOTATED,
                 f"{where} has no stored output of teacher {self.teacher}: it was damaged when {file.path} was written",
             )
+        if stored is None:
+            raise UserError(
+                f"{where} is beyond the {len(file.ids_R)} samples of {file.path}: `mmd2v data annotate` was "
+                "interrupted, or the shard has grown; run it again"
+            )
         raise UserError(
             f"{where} is another one than teachers.{self.teacher}.outputs was stored for ({file.path}): the shard was "
             "replaced; annotate it again into a new folder, or leave teachers."
@@ -132,9 +137,10 @@ class StoredOutputs:
 
     def _open_file(self, place: Position) -> _File:
         set_name, names, _ = self._sets[place.set]
-        path = stored_file(self.folder, set_name, ANY_EPOCH, names[place.shard])
-        if not path.exists():
-            path = stored_file(self.folder, set_name, place.epoch, names[place.shard])
+        own = stored_file(self.folder, set_name, place.epoch, names[place.shard])
+        of_all = stored_file(self.folder, set_name, ANY_EPOCH, names[place.shard])
+        # Where both exist, the file of every epoch is of fewer samples, whose captions alone were always the same.
+        path = of_all if of_all.exists() and not own.exists() else own
         where = f"teachers.{self.teacher}.outputs: {path}"
         try:
             file = safe_open(path, "pt")

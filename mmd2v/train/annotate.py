@@ -164,6 +164,7 @@ class _Annotator:
     def __post_init__(self) -> None:
         self.set_names = list(self.config.data.train.named_sets)
         self.names = [shard_names(shards.paths) for shards in self.sets]
+        self.copy = DeviceCopy(self.world.device, self.config.data.image)
         allowed = damage_allowed(self.config.data, sum(map(len, self.sets)))
         self.tally, self._told = DamageTally(allowed), set[str]()
 
@@ -304,11 +305,10 @@ class _Annotator:
             name: ShardWriter(self._path(name, set_, shard, epoch), self.annotations[name], rows)
             for name, epoch in task.epochs.items()
         }
-        copy = DeviceCopy(self.world.device, self.config.data.image)
         damaged: list[DamagedSample] = []
         done = 0
         while done < rows:
-            batch = copy(next(batches))
+            batch = self.copy(next(batches))
             damaged += batch.damaged
             weights = [1.0] * len(batch) if batch.weights is None else batch.weights.tolist()
             ids = [sample if weight else None for sample, weight in zip(batch.sample_ids, weights, strict=True)]

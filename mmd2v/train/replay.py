@@ -11,7 +11,7 @@ import torch
 
 from mmd2v.config.batch_plan import BatchPlan
 from mmd2v.config.schema import Config
-from mmd2v.data.annotation_files import ANY_EPOCH, shard_names, stored_shards
+from mmd2v.data.annotation_files import ANY_EPOCH, shard_names, stored_file, stored_rows, stored_shards
 from mmd2v.data.annotation_record import RECORD_NAME, Annotation, read_record, teacher_folder
 from mmd2v.data.annotation_settings import differences, image_settings, listed, text_settings
 from mmd2v.data.shards import ShardSet
@@ -153,25 +153,31 @@ def _lacking(
     for set_name, shards, need in zip(config.data.train.named_sets, sets, needed, strict=True):
         in_set = f" of data.train.sets.{set_name}" if set_name else ""
         names, counts = shard_names(shards.paths), shards.counts.tolist()
-        record = annotation.sets.get(set_name)
-        if record is None:
+        if set_name not in annotation.sets:
             stored_sets = [f"data.train.sets.{name}" if name else "data.train.shards" for name in annotation.sets]
             return f"it holds nothing{in_set or ' of data.train.shards'}, found {', '.join(stored_sets)}", fixed
         always = stored_shards(folder, set_name, ANY_EPOCH)
+        checked: set[Path] = set()
         for epoch in need.all_epochs:
             wanted = need.of_epoch(epoch, counts)
-            for shard in wanted:
-                stored = record.shards.get(names[shard], 0)
-                if stored < counts[shard]:
-                    return f"shard {names[shard]}{in_set}: stored {stored} samples, now {counts[shard]}", fixed
-            here = always if all(names[shard] in always for shard in wanted) else None
-            if here is None:
-                fixed = False
-                here = always | stored_shards(folder, set_name, epoch)
-            absent = [names[shard] for shard in wanted if names[shard] not in here]
+            own = stored_shards(folder, set_name, epoch)
+            absent = [names[shard] for shard in wanted if names[shard] not in own and names[shard] not in always]
             if absent:
                 return (
                     f"the run reads {len(need.all_epochs)} epochs{in_set}, and of epoch {epoch} (the first is 0) "
                     f"{len(absent)} of {len(wanted)} shards are missing, such as {absent[0]}; annotate again"
                 ), fixed
+            for shard in wanted:
+                fixed = fixed and names[shard] not in own
+                path = stored_file(folder, set_name, epoch if names[shard] in own else ANY_EPOCH, names[shard])
+                if path in checked:
+                    continue
+                checked.add(path)
+                # The record is written first: after an interrupted command it promises more than there is.
+                stored = stored_rows(path, annotation)
+                if stored is None:
+                    return f"{path} is damaged or of another annotation; annotate again", fixed
+                if stored < counts[shard]:
+                    counted = f"stored {stored} samples, now {counts[shard]}"
+                    return f"shard {names[shard]}{in_set}: {counted}; annotate again", fixed
     return None, fixed

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from training_runs import make_data, run_config, write_config
 
@@ -100,10 +101,17 @@ def _no_teacher_is_built():
 
 def _live_and_replayed(folder: Path) -> dict[str, object]:
     """Runs with the teacher and with its stored outputs, in one process."""
+    from mmd2v.train import annotate
+
     torch.set_num_threads(1)
     found: dict[str, object] = {}
     out = folder / "out"
-    found["summary"] = _annotate(_config(folder, "unused"), out)
+    with pytest.MonkeyPatch.context() as patch:
+        copies: list[object] = []
+        make = annotate.DeviceCopy
+        patch.setattr(annotate, "DeviceCopy", lambda *arguments: copies.append(make(*arguments)) or copies[-1])
+        found["summary"] = _annotate(_config(folder, "unused"), out)
+        found["copies"] = len(copies)
     found["files"] = list(_files(out))
     found["live"], _ = _train(_config(folder, "live", "--checkpoint.every", 5))
     replay = ["--teachers.resnet.outputs", out]
@@ -172,6 +180,10 @@ def test_what_is_stored_is_what_the_run_reads(runs):
     assert "wrote 8 files" in runs["summary"] and "all files were there already" in runs["again"]
 
 
+def test_all_shards_are_copied_on_one_stream(runs):
+    assert runs["copies"] == 1
+
+
 def test_one_line_says_that_a_teacher_is_replayed(runs, folder):
     lines = [line for line in runs["said"].splitlines() if line.startswith("teacher")]
     assert lines == [f"teacher resnet: replayed from {folder / 'out'} (3 epochs)"]
@@ -236,6 +248,14 @@ def _misfits(folder: Path) -> dict[str, str]:
     shutil.copytree(out, gaps)
     (gaps / "resnet" / "epoch-0001" / "shard-000002.safetensors").unlink()
     choose("gaps", "--teachers.resnet.outputs", gaps)
+    # What a command leaves that was to store more samples than an earlier one, and was interrupted.
+    interrupted = folder / "interrupted"
+    shutil.copytree(out, interrupted)
+    _keep_rows(interrupted / "resnet" / "epoch-0001" / "shard-000001.safetensors", 4)
+    choose("interrupted", "--teachers.resnet.outputs", interrupted)
+    path = interrupted / "resnet" / "epoch-0000" / "shard-000001.safetensors"
+    path.write_bytes(path.read_bytes()[:-9])
+    choose("cut", "--teachers.resnet.outputs", interrupted)
     mixed = '{sets: {a: {shards: "' + str(folder / "shards") + '"}}}'
     choose("mixture", "--data.train", mixed)
 
@@ -272,6 +292,13 @@ def _misfits(folder: Path) -> dict[str, str]:
     return said
 
 
+def _keep_rows(path: Path, rows: int) -> None:
+    """Cut a file of stored outputs down to its first samples."""
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata()
+    save_file({name: tensor[:rows].clone() for name, tensor in load_file(path).items()}, path, metadata)
+
+
 @pytest.mark.parametrize(
     ("case", "reason"),
     [
@@ -283,6 +310,8 @@ def _misfits(folder: Path) -> dict[str, str]:
         ("folder", "there is no such folder. Did you mean 'out'?"),
         ("name", "it holds nothing of a teacher 'resnet', found ['resnets']. Did you mean 'resnets'?"),
         ("gaps", "of epoch 1 (the first is 0) 1 of 3 shards are missing, such as shard-000002"),
+        ("interrupted", "shard shard-000001: stored 4 samples, now 16"),
+        ("cut", "shard-000001.safetensors is damaged or of another annotation; annotate again"),
         ("mixture", "it holds nothing of data.train.sets.a, found data.train.shards"),
     ],
 )

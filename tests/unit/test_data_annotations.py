@@ -118,6 +118,13 @@ def test_one_file_may_stand_for_every_epoch(tmp_path):
         reader.read([Position(8, 1, 1)])
 
 
+def test_a_file_of_the_epoch_comes_before_one_of_every_epoch(tmp_path):
+    """The first 2 samples had one caption each; of the 4 that are stored later, one has several."""
+    write(tmp_path, annotation(), 0, ANY_EPOCH, torch.ones(2, 5))
+    write(tmp_path, annotation(), 0, 0, torch.ones(4, 5))
+    stored(tmp_path, annotation()).check(Position(0, 0, 3), "0-3")
+
+
 def test_sets_of_a_mixture_lie_in_folders_of_their_own(tmp_path):
     sets = {"coco": PATHS, "visual/genome": PATHS}
     for number, name in enumerate(sets):
@@ -148,7 +155,7 @@ def test_a_sample_is_known_by_its_id(tmp_path):
     ) as error:
         reader.check(Position(0, 0, 2), "other")
     assert not isinstance(error.value, Damage)  # it is no damage that a run may put up with
-    with pytest.raises(UserError, match="was replaced"):
+    with pytest.raises(UserError, match=r"\(row 4\) is beyond the 4 samples of .*a\.safetensors: .* run it again"):
         reader.check(Position(0, 0, 4), "0-4")
     with pytest.raises(Damage, match="was damaged when") as damage:
         reader.check(Position(0, 0, 1), "0-1")

@@ -139,7 +139,7 @@ def _check_shard(path: str, report: CheckReport, imageless: _Imageless, workers:
             sample = index.read(row, handle, images=bool(has_image[row]))
             sample_id, captions = sample.id, len(sample.captions)
             if sample.image is not None:
-                check_pixels(sample.image, MAX_PIXELS, sample.where)
+                check_pixels(sample.image, MAX_PIXELS, sample.where, "the default of data.damage.max_pixels")
                 decode_image(sample.image, sample.where)
         except UserError as error:
             return sample_id, captions, str(error)

@@ -19,7 +19,7 @@ from mmd2v.data.damage import Damage, DamagedSample, DamageKind
 from mmd2v.data.device_decode import EncodedImages, crop_of_upright_jpeg
 from mmd2v.data.draws import permutation
 from mmd2v.data.handover import new_images
-from mmd2v.data.image_header import image_size
+from mmd2v.data.image_header import check_pixels
 from mmd2v.data.shards import RawSample
 from mmd2v.data.stored_outputs import StoredOutputs
 from mmd2v.data.tokenizers import Tokenizer
@@ -193,7 +193,8 @@ class Collate:
                 )
         label = None if self.labels is None else self._label(raw, self.labels)
         if self.images:
-            self._check_size(raw)
+            # A decompression bomb is refused by its header, before any of its pixels has been made.
+            check_pixels(raw.image, self.view.config.damage.max_pixels, raw.where, "data.damage.max_pixels")
             crop = self.view.crop_on_device(raw, sample.place.epoch)
             images[row] = 0 if crop is not None else self.view.image(raw, sample.place.epoch)
         for stored in self.outputs:
@@ -210,17 +211,6 @@ class Collate:
                 "file of token lengths: the shard was replaced",
             )
         return [raw.captions[place.caption]]
-
-    def _check_size(self, raw: RawSample) -> None:
-        """Refuse a decompression bomb by its header, before any of its pixels has been made."""
-        size = image_size(raw.image)
-        limit = self.view.config.damage.max_pixels
-        if size is not None and size[0] * size[1] > limit:
-            raise Damage(
-                DamageKind.IMAGE_TOO_LARGE,
-                f"{raw.where}: found an image of {size[1]:,} × {size[0]:,} pixels, expected at most {limit:,} pixels "
-                "(data.damage.max_pixels)",
-            )
 
     def _label(self, raw: RawSample, key: str) -> list[float]:
         value = raw.meta.get(key)

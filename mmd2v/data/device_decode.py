@@ -8,9 +8,10 @@ Shapes: e encoded images among the B of a batch, S side of the result.
 
 from __future__ import annotations
 
-import io
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch.nn import functional
@@ -18,13 +19,12 @@ from torchvision.io import ImageReadMode, decode_jpeg
 
 from mmd2v.config.schema import ImageTransformConfig
 from mmd2v.data.damage import Damage, DamageKind
-from mmd2v.data.image_header import image_size
+from mmd2v.data.image_header import image_size, is_upright
 from mmd2v.data.transforms import Crop, decode_image, random_crop, resize
 
+logger = logging.getLogger(__name__)
+
 _JPEG_START = b"\xff\xd8\xff"
-_EXIF = b"Exif\0\0"
-_EXIF_WITHIN = 4096  # bytes from the start in which the marker stands where there is one
-_ORIENTATION, _UPRIGHT = 274, (None, 1)
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ def crop_of_upright_jpeg(
     Raises:
         Damage: a JPEG without a readable header.
     """
-    if bytes(data[:3]) != _JPEG_START or not _is_upright(data):
+    if bytes(data[:3]) != _JPEG_START or not is_upright(data):
         return None
     size = image_size(data)
     if size is None:
@@ -69,23 +69,14 @@ def crop_of_upright_jpeg(
     return random_crop(*size, config, seed=seed, epoch=epoch, sample_id=sample_id)
 
 
-def _is_upright(data: memoryview) -> bool:
-    if _EXIF not in bytes(data[:_EXIF_WITHIN]):
-        return True
-    from PIL import Image
-
-    try:
-        with Image.open(io.BytesIO(data)) as image:  # reads the header alone
-            return image.getexif().get(_ORIENTATION) in _UPRIGHT
-    except (OSError, SyntaxError, ValueError):
-        return False  # the loader's decoder will say what is wrong
-
-
 def decode_on(images_BCSS: torch.Tensor, encoded: EncodedImages, interpolation: str) -> dict[int, str]:
     """Decode, crop, resize and flip into their rows of uint8 ``images_BCSS`` [B, 3, S, S], on its device.
 
     The resize is in float on CUDA, so that pixels may differ by a level or two from the loader's. Returns row → what is
     wrong, of the images that do not decode; their rows stay as they were.
+
+    Raises:
+        torch.OutOfMemoryError: the device has no room for the pixels.
     """
     side = images_BCSS.shape[-1]
     files = list(encoded.data.split(list(encoded.sizes)))
@@ -93,9 +84,13 @@ def decode_on(images_BCSS: torch.Tensor, encoded: EncodedImages, interpolation: 
     broken: dict[int, str] = {}
     try:
         decoded = decode_jpeg(files, mode=ImageReadMode.RGB, device=images_BCSS.device)
-    except (RuntimeError, ValueError):
-        # One of them is broken, or of a kind that nvJPEG does not know.
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, ValueError) as error:
+        # One of them is broken, or of a kind that nvJPEG does not know; or it is not there at all.
         decoded = [_decode_alone(row, file, broken) for row, file in zip(encoded.rows.tolist(), files, strict=True)]
+        if not broken:
+            _warn_of_slow_decoding(str(error).partition("\n")[0][:200])
     for row, image, crop in zip(encoded.rows.tolist(), decoded, encoded.crops, strict=True):
         if image is None:
             continue
@@ -103,6 +98,16 @@ def decode_on(images_BCSS: torch.Tensor, encoded: EncodedImages, interpolation: 
         image = _resize(image.to(images_BCSS.device), side, interpolation)
         images_BCSS[row] = image.flip(-1) if crop.flip else image
     return broken
+
+
+@cache  # a broken nvJPEG says the same every step
+def _warn_of_slow_decoding(reason: str) -> None:
+    logger.warning(
+        "data.decode: the device cannot decode a batch of images that are all right (%s); the training process decodes "
+        "such batches itself, one image after the other, while the device waits. `data.decode: loader` leaves them to "
+        "the loader's workers",
+        reason,
+    )
 
 
 def _decode_alone(row: int, file: torch.Tensor, broken: dict[int, str]) -> torch.Tensor | None:

@@ -7,6 +7,8 @@ the picture: what a decoder has to find memory for.
 from __future__ import annotations
 
 import struct
+from collections.abc import Iterator
+from typing import Literal
 
 from mmd2v.data.damage import Damage, DamageKind
 
@@ -16,6 +18,10 @@ _LONELY = frozenset([0x01, *range(0xD0, 0xD9)])  # JPEG markers without a length
 _FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}  # SOF0–15; the others are DHT, JPG, DAC
 _FRAME_END = 0xD9
 _SCAN_START = 0xDA
+_APP1 = 0xE1
+_EXIF_START = 6  # bytes "Exif\0\0" before the TIFF header, which torchvision does not look at
+_ORIENTATION = 274
+_GIF_END = b"\x3b"
 _CHUNK = 4096  # bytes looked at together where markers are expected and something else lies
 
 
@@ -39,27 +45,58 @@ def image_size(data: bytes | memoryview) -> tuple[int, int] | None:
     return size if size is not None and min(size) > 0 else None
 
 
-def check_pixels(data: bytes | memoryview, most: int, where: str) -> None:
+def check_pixels(data: bytes | memoryview, most: int, where: str, setting: str = "") -> None:
     """Refuse an image of more than ``most`` pixels by its header, before memory is taken for any of them.
 
+    ``setting`` is the config key or flag that holds ``most``, for the message.
+
     Raises:
-        Damage: it has more; starts with ``where``.
+        Damage: it has more, or no size can be read, so that no decoder may be let at it; starts with ``where``.
     """
     size = image_size(data)
-    if size is not None and size[0] * size[1] > most:
+    if size is None:
+        found = f"found no size in its {len(data):,} bytes, expected a JPEG, PNG, WebP or GIF"
+        raise Damage(DamageKind.IMAGE_UNDECODABLE, f"{where}: the image does not decode: {found}")
+    if size[0] * size[1] > most:
         found = f"found an image of {size[1]:,} × {size[0]:,} pixels"
-        raise Damage(DamageKind.IMAGE_TOO_LARGE, f"{where}: {found}, expected at most {most:,} pixels")
+        named = f" ({setting})" if setting else ""
+        raise Damage(DamageKind.IMAGE_TOO_LARGE, f"{where}: {found}, expected at most {most:,} pixels{named}")
 
 
-def _jpeg(data: bytes | memoryview) -> tuple[int, int] | None:
-    """Walk the marker segments to the first frame header, over junk between them as libjpeg does."""
-    at, end = 2, len(data)
+def is_upright(jpeg: bytes | memoryview) -> bool:
+    """Whether no EXIF orientation of a JPEG turns its picture, by the rules of torchvision's decoder. Never raises."""
+    return not any(
+        2 <= _orientation(bytes(jpeg[at + 2 + _EXIF_START : at + length])) <= 8
+        for marker, at, length in _segments(jpeg)
+        if marker == _APP1
+    )
+
+
+def first_frame(gif: bytes | memoryview) -> bytes:
+    """The bytes of a GIF up to the end of its first frame, closed: a decoder finds no other frames to take memory for.
+
+    What is cut off inside that frame stays so. The time is at most linear in the bytes.
+    """
+    at = _gif_frame(gif)
+    if at + 10 > len(gif):
+        return bytes(gif)
+    colours = 3 << ((gif[at + 9] & 7) + 1) if gif[at + 9] & 0x80 else 0
+    end = _past_blocks(gif, at + 10 + colours + 1)  # a byte before the blocks says how long codes are
+    return bytes(gif[:end]) + _GIF_END
+
+
+def _segments(jpeg: bytes | memoryview) -> Iterator[tuple[int, int, int]]:
+    """Walk the marker segments up to the first scan, over junk between them as libjpeg does.
+
+    Gives (marker, offset of its length, length); a length counts its own two bytes, and the segment may be cut off.
+    """
+    at, end = 2, len(jpeg)
     while at + 1 < end:
-        if data[at] != 0xFF:
-            found = bytes(data[at : at + _CHUNK]).find(b"\xff")
+        if jpeg[at] != 0xFF:
+            found = bytes(jpeg[at : at + _CHUNK]).find(b"\xff")
             at += found if found >= 0 else _CHUNK
             continue
-        marker = data[at + 1]
+        marker = jpeg[at + 1]
         if marker == 0xFF:  # a fill byte
             at += 1
             continue
@@ -67,17 +104,35 @@ def _jpeg(data: bytes | memoryview) -> tuple[int, int] | None:
         if marker == 0 or marker in _LONELY:
             continue
         if marker in (_FRAME_END, _SCAN_START) or at + 2 > end:
-            return None
+            return
+        # libjpeg reads the two bytes and skips nothing more where they name fewer than themselves.
+        length = max(2, int.from_bytes(jpeg[at : at + 2], "big"))
+        yield marker, at, length
+        at += length
+
+
+def _jpeg(data: bytes | memoryview) -> tuple[int, int] | None:
+    """The first frame header tells."""
+    for marker, at, _ in _segments(data):
         if marker in _FRAMES:
-            if at + 7 > end:
+            if at + 7 > len(data):
                 return None
             height, width = struct.unpack_from(">3xHH", data, at)
             return height, width
-        (length,) = struct.unpack_from(">H", data, at)
-        if length < 2:
-            return None
-        at += length
     return None
+
+
+def _orientation(tiff: bytes) -> int:
+    """The orientation in the first directory of a TIFF header, 1–8; 0 without one."""
+    order: Literal["little", "big"] | None = {b"II": "little", b"MM": "big"}.get(tiff[:2])
+    if order is None:
+        return 0
+    start = int.from_bytes(tiff[4:8], order)
+    entries = int.from_bytes(tiff[start : start + 2], order)
+    for at in range(start + 2, min(start + 2 + 12 * entries, len(tiff)), 12):
+        if int.from_bytes(tiff[at : at + 2], order) == _ORIENTATION:
+            return int.from_bytes(tiff[at + 8 : at + 10], order)
+    return 0
 
 
 def _png(start: bytes) -> tuple[int, int] | None:
@@ -104,19 +159,35 @@ def _webp(start: bytes) -> tuple[int, int] | None:
 
 
 def _gif(data: bytes | memoryview) -> tuple[int, int] | None:
-    """The logical screen, grown by the first frame if that reaches beyond it, as decoders do."""
+    """The logical screen, grown by the first frame if that is larger, as torchvision does."""
     if len(data) < 13:
         return None
-    width, height, flags = struct.unpack_from("<HHB", data, 6)
-    at, end = 13, len(data)
-    if flags & 0x80:
-        at += 3 << ((flags & 7) + 1)  # the global colour table
-    while at + 1 < end and data[at] == 0x21:  # extensions before the first frame
-        at += 2
-        while at < end and data[at]:
-            at += 1 + data[at]
-        at += 1
-    if at + 9 <= end and data[at] == 0x2C:
-        left, top, frame_width, frame_height = struct.unpack_from("<HHHH", data, at + 1)
-        return max(height, top + frame_height), max(width, left + frame_width)
+    width, height = struct.unpack_from("<HH", data, 6)
+    at = _gif_frame(data)
+    if at + 9 <= len(data):
+        frame_width, frame_height = struct.unpack_from("<HH", data, at + 5)
+        return max(height, frame_height), max(width, frame_width)
     return height, width
+
+
+def _gif_frame(data: bytes | memoryview) -> int:
+    """Offset of the first frame; the number of bytes without one."""
+    end = len(data)
+    if end < 13:
+        return end
+    at = 13
+    if data[10] & 0x80:
+        at += 3 << ((data[10] & 7) + 1)  # the global colour table
+    while at + 2 < end and data[at] == 0x21:  # extensions before the first frame
+        at += 2
+        # giflib takes what follows an empty first block for one more block, where others end the extension.
+        at = _past_blocks(data, at + 1 + data[at])
+    return at if at < end and data[at] == 0x2C else end
+
+
+def _past_blocks(data: bytes | memoryview, at: int) -> int:
+    """Offset behind a chain of blocks, each with its length before it, that an empty one ends."""
+    end = len(data)
+    while at < end and data[at]:
+        at += 1 + data[at]
+    return at + 1

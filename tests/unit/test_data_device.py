@@ -12,6 +12,7 @@ from PIL import Image
 from mmd2v.config.schema import DataConfig
 from mmd2v.data.damage import Damage, DamageKind
 from mmd2v.data.device import DeviceCopy
+from mmd2v.data.device_decode import _warn_of_slow_decoding
 from mmd2v.data.stream import train_loader
 
 META = json.dumps({"captions": ["x"]}).encode()
@@ -29,13 +30,14 @@ def shards(tmp_path_factory):
     return make_shards(tmp_path_factory.mktemp("device") / "set", 12, 12)
 
 
-def turned(number: int) -> bytes:
-    """A JPEG whose EXIF says that it lies on its side."""
+def turned(number: int, before: bytes = b"") -> bytes:
+    """A JPEG whose EXIF says that it lies on its side; ``before`` is a segment's content in front of it."""
     image, data = Image.fromarray(picture(number)), io.BytesIO()
     exif = image.getexif()
     exif[274] = 6
     image.save(data, "JPEG", exif=exif)
-    return data.getvalue()
+    segment = b"\xff\xed" + (2 + len(before)).to_bytes(2, "big") + before if before else b""
+    return data.getvalue()[:2] + segment + data.getvalue()[2:]
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -52,10 +54,11 @@ def test_the_batch_is_the_loaders(shards, workers):
 
 def test_what_is_no_upright_jpeg_stays_with_the_loader(tmp_path):
     files = {"a.jpg": encoded(0), "b.png": encoded(1, "PNG"), "c.jpg": turned(2), "d.webp": encoded(3, "WEBP")}
+    files["e.jpg"] = turned(4, before=bytes(5_000))
     members = [m for name, data in files.items() for m in ((name, data), (f"{name[0]}.json", META))]
     path = write_tar(tmp_path / "mixed.tar", members)
-    (expected,), image = batches(path, 1)
-    (found,), _ = batches(path, 1, decode="device")
+    (expected,), image = batches(path, 1, micro=5)
+    (found,), _ = batches(path, 1, micro=5, decode="device")
     assert found.sample_ids[found.encoded.rows.item()] == "a"
     assert torch.equal(DeviceCopy(torch.device("cpu"), image)(found).images, expected.images)
 
@@ -73,6 +76,43 @@ def test_one_that_does_not_decode_gets_weight_0(tmp_path):
     (strict,), _ = batches(path, 1, micro=2, decode="device", damage={"limit": 0})
     with pytest.raises(Damage, match="does not decode"):
         DeviceCopy(torch.device("cpu"), image)(strict)
+
+
+def test_a_device_that_decodes_no_batch_is_told_of_once(shards, monkeypatch, caplog):
+    expected, image = batches(shards, 2)
+    found, _ = batches(shards, 2, decode="device")
+
+    def no_decoder(*_, **__):
+        raise RuntimeError("no nvJPEG here\nmore")
+
+    monkeypatch.setattr("mmd2v.data.device_decode.decode_jpeg", no_decoder)
+    _warn_of_slow_decoding.cache_clear()
+    copy = DeviceCopy(torch.device("cpu"), image)
+    for theirs, ours in zip(expected, found, strict=True):
+        assert torch.equal(copy(ours).images, theirs.images)
+    (record,) = caplog.records
+    assert "(no nvJPEG here)" in record.getMessage() and "`data.decode: loader`" in record.getMessage()
+
+
+def test_a_device_without_memory_for_the_pixels_stops(shards, monkeypatch):
+    (batch,), image = batches(shards, 1, decode="device")
+
+    def no_memory(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr("mmd2v.data.device_decode.decode_jpeg", no_memory)
+    with pytest.raises(torch.OutOfMemoryError, match="CUDA out of memory"):
+        DeviceCopy(torch.device("cpu"), image)(batch)
+
+
+@pytest.mark.parametrize("decode", ["loader", "device"])
+def test_the_limit_of_pixels_holds_behind_a_segment_without_length(tmp_path, decode):
+    hidden = b"\xff\xd8\xff\xfe\x00\x00" + encoded(1)[2:]
+    members = [("a.jpg", encoded(0, width=10, height=10)), ("a.json", META), ("b.jpg", hidden), ("b.json", META)]
+    path = write_tar(tmp_path / "hidden.tar", members)
+    (batch,), _ = batches(path, 1, micro=2, decode=decode, damage={"limit": 0.5, "max_pixels": 100})
+    assert [sample.kind for sample in batch.damaged] == [DamageKind.IMAGE_TOO_LARGE]
+    assert batch.damaged[0].message.endswith("expected at most 100 pixels (data.damage.max_pixels)")
 
 
 @pytest.mark.gpu

@@ -16,8 +16,11 @@ from torchvision.io import decode_image as _decode
 from mmd2v.config.schema import ImageTransformConfig
 from mmd2v.data.damage import Damage, DamageKind
 from mmd2v.data.draws import lazy_uniforms
+from mmd2v.data.image_header import first_frame
 
 _CROP_TRIES = 10  # as torchvision's RandomResizedCrop
+_GIF_START = b"GIF8"
+_THIN = 32  # sides of an image as one to this, from where on its ends are cut off before it is resized
 
 
 def decode_image(data: bytes | bytearray | memoryview, where: str = "image") -> torch.Tensor:
@@ -32,6 +35,8 @@ def decode_image(data: bytes | bytearray | memoryview, where: str = "image") -> 
     """
     if len(data) == 0:
         raise Damage(DamageKind.IMAGE_UNDECODABLE, f"{where}: the image is empty (0 bytes)")
+    if bytes(data[:4]) == _GIF_START:
+        data = first_frame(data)  # torchvision decodes them all, which takes memory that no limit of pixels knows of
     writable = data if isinstance(data, memoryview) and not data.readonly else bytearray(data)
     try:
         image = _decode(torch.frombuffer(writable, dtype=torch.uint8), ImageReadMode.RGB, apply_exif_orientation=True)
@@ -110,6 +115,7 @@ def eval_transform(image: torch.Tensor, config: ImageTransformConfig) -> torch.T
     size = config.size
     if config.eval_resize == "squash":
         return resize(image, size, size, config.interpolation)
+    image = _without_ends(image)
     height, width = image.shape[-2:]
     short = min(height, width)
     # Truncation and the rounding of the offsets are torchvision's (Resize, CenterCrop).
@@ -117,6 +123,19 @@ def eval_transform(image: torch.Tensor, config: ImageTransformConfig) -> torch.T
     image = resize(image, new_height, new_width, config.interpolation)
     top, left = round((new_height - size) / 2), round((new_width - size) / 2)
     return image[:, top : top + size, left : left + size]
+
+
+def _without_ends(image: torch.Tensor) -> torch.Tensor:
+    """Cut what a centre crop leaves out anyway off both ends of a very thin image; others stay as they are.
+
+    Resized whole, a line of 65,535 pixels would take gigabytes. Far more is kept than the resize looks at.
+    """
+    height, width = image.shape[-2:]
+    short = min(height, width)
+    # Whole squares go, so that the pixels of the resized image stay where they are.
+    squares = max(0, max(height, width) // short - _THIN) // 2
+    cut = squares * short
+    return image[:, cut : height - cut] if height > width else image[:, :, cut : width - cut]
 
 
 def shrink(image: torch.Tensor, short_side: int) -> torch.Tensor:

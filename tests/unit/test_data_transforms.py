@@ -9,6 +9,7 @@ from data_samples import encoded, picture
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from torchvision.io import decode_image as _decode
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional
 
@@ -61,6 +62,23 @@ def png16(pixels: np.ndarray) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + b"".join(
         struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data)) for kind, data in chunks
     )
+
+
+def test_of_an_animation_one_frame_is_decoded(monkeypatch):
+    frames = [Image.fromarray(picture(number)) for number in range(3)]
+    data = io.BytesIO()
+    frames[0].save(data, "GIF", save_all=True, append_images=frames[1:])
+    shapes = []
+
+    def watched(*arguments, **options):
+        shapes.append(tuple((found := _decode(*arguments, **options)).shape))
+        return found
+
+    monkeypatch.setattr("mmd2v.data.transforms._decode", watched)
+    still = io.BytesIO()
+    frames[0].save(still, "GIF")
+    assert torch.equal(decode_image(data.getvalue()), decode_image(still.getvalue()))
+    assert shapes == [(3, 40, 48)] * 2
 
 
 def test_decode_turns_by_exif():
@@ -152,6 +170,30 @@ def test_eval_centre_crop_is_torchvisions(width, height, size):
     source = image(1, width, height)
     reference = v2.Compose([v2.Resize(size, v2.InterpolationMode.BICUBIC, antialias=True), v2.CenterCrop(size)])
     assert torch.equal(eval_transform(source, config), reference(source))
+
+
+@pytest.mark.parametrize(("width", "height"), [(3 * 200, 3), (3, 3 * 201), (1, 400), (50 * 33, 50)])
+def test_eval_centre_crop_of_a_thin_image_is_torchvisions(width, height):
+    source = image(1, width, height)
+    reference = v2.Compose([v2.Resize(24, v2.InterpolationMode.BICUBIC, antialias=True), v2.CenterCrop(24)])
+    assert torch.equal(eval_transform(source, ImageTransformConfig(size=24)), reference(source))
+
+
+@pytest.mark.parametrize("lies", [False, True])
+def test_eval_centre_crop_of_a_line_takes_little_memory(lies, monkeypatch):
+    made = []
+
+    def watched(image, height, width, interpolation):
+        made.append(height * width)
+        return resize(image, height, width, interpolation) if made[-1] < 10**7 else torch.zeros(3, height, width)
+
+    monkeypatch.setattr("mmd2v.data.transforms.resize", watched)
+    line = torch.zeros(3, 1, 65_535, dtype=torch.uint8)
+    line[..., 32_767] = 255  # the middle
+    config = ImageTransformConfig(size=16)
+    square = eval_transform(line if lies else line.mT, config)
+    assert square.shape == (3, 16, 16) and square.min() > 128  # else it is not the middle that was kept
+    assert made[0] <= 34 * 16**2
 
 
 def test_squash_keeps_everything():

@@ -137,7 +137,11 @@ class SourceConfig(Section):
         "are read from where they are, which needs the index `mmd2v data pack` writes beside a shard",
     )
     cache_dir: str | None = Field(
-        None, description="folder of the cache, on a local disk; none: $MMD2V_CACHE, else one in the temporary folder"
+        None,
+        description="folder of the cache, on a local disk; none: $MMD2V_CACHE, else one in the temporary folder. A "
+        "shard is kept by its address without query and its SHA-256 or size in shards.json, else by what its server tells "
+        "(ETag, checksum, time of change); where nothing tells, and of a pipe:, by its whole address: then delete the "
+        "folder when shards were replaced",
     )
     cache_gb: Positive = Field(50.0, description="most the cache may hold, in GB (10⁹ bytes) a node")
     retries: NonNegativeInt = Field(5, description="further attempts at what failed")
@@ -208,7 +212,8 @@ class DataConfig(Section):
         60.0, description="seconds without a batch after which the worker and shard waited for are named"
     )
     stall_timeout: Positive | None = Field(
-        1800.0, description="seconds without a batch after which the run stops with that name; none: never"
+        1800.0,
+        description="seconds without a batch after which the run stops with that name (not with workers: 0); none: no",
     )
     decode: Literal["loader", "device"] = Field(
         "loader",
@@ -222,6 +227,10 @@ class DataConfig(Section):
     def _droppable(self) -> DataConfig:
         if self.last_batch == "drop" and self.train.sets and self.train.mix == "weighted":
             raise ValueError("last_batch: 'drop' needs batches of one data set; use 'wrap' under `mix: weighted`")
+        if self.lanes > 1 and self.train.sets and self.train.mix == "weighted":
+            raise ValueError(
+                f"lanes: {self.lanes} lanes need batches of one data set; use 1 under `mix: weighted`, or `round_robin`"
+            )
         return self
 
     @model_validator(mode="after")
@@ -627,6 +636,11 @@ class Config(Section):
             raise ValueError("data.tokenizer: missing, but data.batch_tokens counts its tokens")
         if any(isinstance(objective, ContrastiveConfig) for objective in self.objectives):
             raise ValueError("data.batch_tokens: the contrastive objective needs batches of a fixed number of samples")
+
+    @property
+    def label_classes(self) -> int | None:
+        """Length of the label vectors that the attributes objective reads; None without one."""
+        return next((o.classes for o in self.objectives if isinstance(o, AttributesConfig)), None)
 
     @property
     def uses_images(self) -> bool:

@@ -26,6 +26,8 @@ from mmd2v.data.tokenizers import Tokenizer
 from mmd2v.data.transforms import Crop, decode_image, eval_transform, train_transform
 from mmd2v.data.watch import Stage, WorkerStates
 
+_LARGEST_LABEL = torch.finfo(torch.float32).max
+
 
 class FetchedSample(NamedTuple):
     """A sample's bytes, or what is wrong with them, and where they come from."""
@@ -106,7 +108,8 @@ class Collate:
 
     view: TrainView | EvalView
     tokenizer: Tokenizer | None
-    labels: str | None
+    labels: tuple[str, int] | None
+    """Key in a sample's JSON, and how many numbers it holds."""
     images: bool = True
     """Whether images are decoded; without, the batch's are [B, 3, 0, 0]."""
     tolerant: bool = False
@@ -114,9 +117,6 @@ class Collate:
     states: WorkerStates | None = None
     outputs: Sequence[StoredOutputs] = ()
     """Teachers' stored outputs that go into the batch."""
-
-    def __post_init__(self) -> None:
-        self._label_width: int | None = None
 
     def __call__(self, source: Iterator[list[FetchedSample]]) -> Iterator[Batch]:
         """Turn each list of samples into a batch."""
@@ -136,17 +136,17 @@ class Collate:
         owners: list[int] = []
         labels: list[list[float] | None] = []
         damaged: dict[int, DamagedSample] = {}
-        encoded: list[tuple[int, str, memoryview, Crop]] = []
+        encoded: list[tuple[int, tuple[str, int], memoryview, Crop]] = []
         for row, sample in enumerate(samples):
             self._enter(Stage.DECODING, sample.place)
             try:
                 captions, label, crop = self._fill(images, row, sample)
                 if crop is not None:
-                    encoded.append((row, sample.shard, sample.raw.image, crop))
+                    encoded.append((row, (sample.shard, sample.place.row), sample.raw.image, crop))
             except Damage as damage:
                 if not self.tolerant:
                     raise
-                damaged[row] = DamagedSample(damage.kind, sample.shard, str(damage))
+                damaged[row] = DamagedSample(damage.kind, sample.shard, sample.place.row, str(damage))
                 images[row] = 0
                 captions, label = self.view.no_captions, None
             labels.append(label)
@@ -167,7 +167,7 @@ class Collate:
             text_lengths=torch.from_numpy(lengths_N),
             caption_image=torch.tensor(owners, dtype=torch.int64),
             sample_ids=tuple(_name(sample, row in damaged) for row, sample in enumerate(samples)),
-            labels=None if self.labels is None else self._label_matrix(labels),
+            labels=None if self.labels is None else _label_matrix(labels, self.labels[1]),
             weights=weights,
             damaged=tuple(damaged.values()),
             encoded=EncodedImages.pack(encoded),
@@ -191,7 +191,7 @@ class Collate:
                     f"{raw.where}: found a caption of {len(caption):,} characters, expected at most {longest:,} "
                     "(data.damage.max_caption_length)",
                 )
-        label = None if self.labels is None else self._label(raw, self.labels)
+        label = None if self.labels is None else _label(raw, *self.labels)
         if self.images:
             # A decompression bomb is refused by its header, before any of its pixels has been made.
             check_pixels(raw.image, self.view.config.damage.max_pixels, raw.where, "data.damage.max_pixels")
@@ -212,28 +212,6 @@ class Collate:
             )
         return [raw.captions[place.caption]]
 
-    def _label(self, raw: RawSample, key: str) -> list[float]:
-        value = raw.meta.get(key)
-        if not isinstance(value, list) or not all(isinstance(x, (int, float)) for x in value):
-            found = f"a {type(value).__name__}" if key in raw.meta else f"only {sorted(raw.meta)}"
-            raise Damage(
-                DamageKind.BAD_LABELS,
-                f"{raw.where}: data.labels names '{key}', expected a list of numbers, found {found}",
-            )
-        if self._label_width is None:
-            self._label_width = len(value)
-        if len(value) != self._label_width:
-            raise Damage(
-                DamageKind.BAD_LABELS,
-                f"{raw.where}: '{key}' has {len(value)} numbers, other samples have {self._label_width}",
-            )
-        return value
-
-    def _label_matrix(self, rows: Sequence[list[float] | None]) -> torch.Tensor:
-        """float32 [B, A], zeros for damaged samples."""
-        nothing = [0.0] * (self._label_width or 0)
-        return torch.tensor([nothing if row is None else row for row in rows], dtype=torch.float32)
-
     def _enter(self, stage: Stage, place: Position | None = None) -> None:
         if self.states is not None:
             self.states.enter(stage, *((place.set, place.shard) if place is not None else ()))
@@ -246,3 +224,24 @@ def _name(sample: FetchedSample, damaged: bool) -> str:
     if sample.place.caption:  # the first one, most often the only one, goes by the sample's name
         own = f"{own}#{sample.place.caption}"
     return f"{sample.set}/{own}" if sample.set else own
+
+
+def _label(raw: RawSample, key: str, classes: int) -> list[float]:
+    """The labels of a sample, or a `Damage` that says what is wrong with them."""
+    value = raw.meta.get(key)
+    if not isinstance(value, list) or not all(isinstance(x, (int, float)) for x in value):
+        found = f"a {type(value).__name__}" if key in raw.meta else f"only {sorted(raw.meta)}"
+        problem = f"data.labels names '{key}', expected a list of numbers, found {found}"
+    elif len(value) != classes:
+        problem = f"'{key}' has {len(value)} numbers, expected {classes} (classes of the objective)"
+    elif not all(abs(x) <= _LARGEST_LABEL for x in value):  # NaN compares false
+        problem = f"'{key}' holds a number that is not finite in float32"
+    else:
+        return value
+    raise Damage(DamageKind.BAD_LABELS, f"{raw.where}: {problem}")
+
+
+def _label_matrix(rows: Sequence[list[float] | None], classes: int) -> torch.Tensor:
+    """float32 [B, A], zeros for damaged samples."""
+    nothing = [0.0] * classes
+    return torch.tensor([nothing if row is None else row for row in rows], dtype=torch.float32).view(-1, classes)

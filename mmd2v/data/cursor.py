@@ -22,6 +22,9 @@ import numpy as np
 from mmd2v.data.draws import permutation
 from mmd2v.errors import UserError
 
+_KEPT_EPOCHS = 2
+"""Orders of shards that are kept: a batch may straddle two epochs, and the next one's shards are fetched ahead."""
+
 
 class Position(NamedTuple):
     """Where the sample with one global index lies."""
@@ -51,6 +54,7 @@ class Cursor:
     Attributes:
         total: samples of the set.
         epoch_length: samples an epoch gives, E: ``total``, or the whole batches among them.
+        chunk: samples that a step takes of each lane.
     """
 
     def __init__(
@@ -94,14 +98,14 @@ class Cursor:
             raise UserError(f"data.last_batch: drop leaves nothing: found {self.total} samples, a batch has {batch}")
         self.seed, self.window, self.lanes = seed, window, lanes
         self._key = (name,) if name else ()
-        self._chunk = batch // lanes
+        self.chunk = batch // lanes
         self._starts_L = np.arange(lanes + 1) * self.total // lanes
-        self._rounds = self.total // lanes // self._chunk
+        self._rounds = self.total // lanes // self.chunk
         sizes_L = np.diff(self._starts_L)
-        self._rest_ends_L = np.cumsum(sizes_L - self._rounds * self._chunk)
+        self._rest_ends_L = np.cumsum(sizes_L - self._rounds * self.chunk)
         # A micro-batch touches this many lanes, and may straddle two windows in each.
-        self._kept = 2 * self.lanes_together(lanes, self._chunk, spread)
-        self._epoch: tuple[int, np.ndarray, np.ndarray] | None = None
+        self._kept = 2 * self.lanes_together(lanes, self.chunk, spread)
+        self._epochs: OrderedDict[int, tuple[np.ndarray, np.ndarray]] = OrderedDict()
         self._windows: OrderedDict[tuple[int, int, int], _Window] = OrderedDict()
 
     @staticmethod
@@ -119,25 +123,32 @@ class Cursor:
         return Position(epoch, int(window.shards_R[within]), int(window.rows_R[within]))
 
     def upcoming_shards(self, index: int, count: int) -> list[int]:
-        """The shards that the lane of ``index`` reads next, its present window first, at most ``count``."""
+        """The shards that the lane of ``index`` reads next, its present window first, at most ``count``.
+
+        They go on into the next epoch, for which nobody must wait either.
+        """
         epoch, offset = divmod(index, self.epoch_length)
         lane, place = self._lane(offset)
-        order_S, ends_S = self._epoch_order(epoch)
-        first = self._first_shard(lane, ends_S)
-        at = int(np.searchsorted(ends_S, self._starts_L[lane] + place, side="right"))
-        begin = first + (at - first) // self.window * self.window
-        end = int(np.searchsorted(ends_S, self._starts_L[lane + 1], side="left")) + 1
-        return [int(s) for s in order_S[begin : min(begin + count, end)] if self.counts_S[s]]
+        found: dict[int, None] = {}
+        while len(found) < count and epoch - index // self.epoch_length < 2:
+            order_S, ends_S = self._epoch_order(epoch)
+            first = self._first_shard(lane, ends_S)
+            at = int(np.searchsorted(ends_S, self._starts_L[lane] + place, side="right"))
+            begin = first + (at - first) // self.window * self.window
+            end = int(np.searchsorted(ends_S, self._starts_L[lane + 1], side="left")) + 1
+            found |= dict.fromkeys(int(s) for s in order_S[begin : min(begin + count, end)] if self.counts_S[s])
+            epoch, place = epoch + 1, 0
+        return list(found)[:count]
 
     def shards_until(self, epoch: int, samples: int) -> set[int]:
         """The shards in which the first ``samples`` samples of an epoch lie."""
-        batch = self._chunk * self.lanes
+        batch = self.chunk * self.lanes
         turns, within = divmod(min(samples, self._rounds * batch), batch)
         rest = samples - min(samples, self._rounds * batch)
         order_S, ends_S = self._epoch_order(epoch)
         found: set[int] = set()
         for lane in range(self.lanes):
-            places = turns * self._chunk + min(max(within - lane * self._chunk, 0), self._chunk)
+            places = turns * self.chunk + min(max(within - lane * self.chunk, 0), self.chunk)
             before = int(self._rest_ends_L[lane - 1]) if lane else 0
             places += min(max(rest - before, 0), int(self._rest_ends_L[lane]) - before)
             place = 0
@@ -149,22 +160,24 @@ class Cursor:
 
     def _lane(self, offset: int) -> tuple[int, int]:
         """(lane, place in it) of an epoch's ``offset``-th sample: whole rounds over the lanes, then what is left."""
-        batch = self._chunk * self.lanes
+        batch = self.chunk * self.lanes
         if offset < self._rounds * batch:
             turn, within = divmod(offset, batch)
-            lane, rest = divmod(within, self._chunk)
-            return lane, turn * self._chunk + rest
+            lane, rest = divmod(within, self.chunk)
+            return lane, turn * self.chunk + rest
         offset -= self._rounds * batch
         lane = int(np.searchsorted(self._rest_ends_L, offset, side="right"))
         start = int(self._rest_ends_L[lane - 1]) if lane else 0
-        return lane, self._rounds * self._chunk + offset - start
+        return lane, self._rounds * self.chunk + offset - start
 
     def _epoch_order(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """int64 [S] permuted shards, and int64 [S] the epoch's sequence at which each of them ends."""
-        if self._epoch is None or self._epoch[0] != epoch:
+        if epoch not in self._epochs:
+            while len(self._epochs) >= _KEPT_EPOCHS:
+                self._epochs.popitem(last=False)
             order_S = permutation(len(self.counts_S), "order of shards", self.seed, epoch, *self._key)
-            self._epoch = (epoch, order_S, np.cumsum(self.counts_S[order_S]))
-        return self._epoch[1], self._epoch[2]
+            self._epochs[epoch] = (order_S, np.cumsum(self.counts_S[order_S]))
+        return self._epochs[epoch]
 
     def _first_shard(self, lane: int, ends_S: np.ndarray) -> int:
         """Place, in the permuted order, of the shard in which a lane begins."""

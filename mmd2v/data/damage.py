@@ -7,10 +7,10 @@ counted by kind and shard; past the limit of the config the run stops.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import StrEnum
 
+from mmd2v.config.schema import DamageConfig
 from mmd2v.errors import UserError
 
 
@@ -54,11 +54,17 @@ class DamagedSample:
 
     kind: DamageKind
     shard: str
+    row: int
     message: str
 
 
+def damage_allowed(config: DamageConfig, samples: int) -> int:
+    """How many of so many samples may be damaged."""
+    return int(config.limit * samples)
+
+
 class DamageTally:
-    """Damaged samples of a run, counted by (kind, shard).
+    """Damaged samples of a run, each counted once however many epochs it is met in, by (kind, shard).
 
     Attributes:
         allowed: how many there may be.
@@ -70,17 +76,21 @@ class DamageTally:
         self.allowed = allowed
         self.counts: Counter[tuple[str, str]] = Counter()
         self.example = ""
+        self._known: set[tuple[str, int]] = set()
 
     @property
     def total(self) -> int:
         """Damaged samples so far."""
         return self.counts.total()
 
-    def add(self, samples: Iterable[DamagedSample]) -> None:
-        """Count some samples."""
-        for sample in samples:
-            self.example = self.example or sample.message
-            self.counts[sample.kind.value, sample.shard] += 1
+    def add(self, sample: DamagedSample) -> bool:
+        """Count a sample; return whether it is a new one."""
+        if (sample.shard, sample.row) in self._known:
+            return False
+        self._known.add((sample.shard, sample.row))
+        self.example = self.example or sample.message
+        self.counts[sample.kind.value, sample.shard] += 1
+        return True
 
     def by_kind(self) -> dict[str, int]:
         """Kind → samples, most frequent first."""

@@ -45,7 +45,9 @@ class DeviceCopy:
             return batch
         broken = decode_on(batch.images, batch.encoded, self._interpolation)
         damaged = [
-            DamagedSample(DamageKind.IMAGE_UNDECODABLE, batch.encoded.shards[row], f"{batch.sample_ids[row]}: {reason}")
+            DamagedSample(
+                DamageKind.IMAGE_UNDECODABLE, *batch.encoded.places[row], f"{batch.sample_ids[row]}: {reason}"
+            )
             for row, reason in broken.items()
         ]
         if damaged and batch.weights is None:

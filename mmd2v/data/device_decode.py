@@ -39,17 +39,17 @@ class EncodedImages:
     """e numbers of bytes."""
     crops: tuple[Crop, ...]
     """e boxes, in pixels of the decoded images."""
-    shards: dict[int, str]
-    """Row → path of its shard, for messages."""
+    places: dict[int, tuple[str, int]]
+    """Row → its shard and its row there, for messages."""
 
     @classmethod
-    def pack(cls, images: Sequence[tuple[int, str, memoryview, Crop]]) -> EncodedImages | None:
-        """Put (row, shard, file, crop) of a batch's images together; None without any."""
+    def pack(cls, images: Sequence[tuple[int, tuple[str, int], memoryview, Crop]]) -> EncodedImages | None:
+        """Put (row, place, file, crop) of a batch's images together; None without any."""
         if not images:
             return None
-        rows, shards, files, crops = zip(*images, strict=True)
+        rows, places, files, crops = zip(*images, strict=True)
         data = torch.frombuffer(bytearray(b"".join(files)), dtype=torch.uint8)
-        named = dict(zip(rows, shards, strict=True))
+        named = dict(zip(rows, places, strict=True))
         return cls(torch.tensor(rows), data, tuple(map(len, files)), tuple(crops), named)
 
 

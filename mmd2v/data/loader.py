@@ -115,7 +115,10 @@ class Loader:
                     except StopIteration:
                         return
                     except RuntimeError as error:
-                        raise _explained(error, awaited()) from error.with_traceback(None)
+                        explained = _explained(error, awaited())
+                        if explained is None:
+                            raise
+                        raise explained from error.with_traceback(None)
                     finally:
                         watchdog.arrived()
                     if isinstance(item, _Failure):
@@ -142,16 +145,17 @@ class Loader:
         return self.batches
 
 
-def _explained(error: RuntimeError, awaited: str) -> Exception:
-    """Return what the user should read of an error of torch's DataLoader."""
-    if "timed out" in str(error):
+def _explained(error: RuntimeError, awaited: str) -> Exception | None:
+    """Return what the user should read of an error of torch's DataLoader; None of a mistake of ours in a worker."""
+    told = str(error)
+    if told.startswith("DataLoader timed out"):
         return UserError(f"data.stall_timeout: no batch in that time; waited for {awaited}")
-    if "DataLoader worker" in str(error):
+    if told.startswith("DataLoader worker (pid"):
         return UserError(
-            f"a loader process died ({str(error).splitlines()[0]}): most often the machine ran out of memory or of "
+            f"a loader process died ({told.splitlines()[0]}): most often the machine ran out of memory or of "
             f"shared memory (/dev/shm); lower data.workers or data.prefetch. Waited for {awaited}"
         )
-    return error
+    return None
 
 
 def _start_worker(ring: Ring | None, worker: int) -> None:

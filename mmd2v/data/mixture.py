@@ -144,11 +144,13 @@ class TrainOrder:
             name: own / cursor.epoch_length for name, own, cursor in zip(self.names, used, self.cursors, strict=True)
         }
 
-    def upcoming_shards(self, indices: Sequence[int], count: int) -> list[tuple[int, int]]:
-        """(set, shard) of what the lanes and sets of these indices read next, at most ``count`` of each lane."""
+    def upcoming_shards(self, indices: range, count: int) -> list[tuple[int, int]]:
+        """(set, shard) of what the lanes and sets of neighbouring indices read next, at most ``count`` of each lane."""
         found: dict[tuple[int, int], None] = {}
-        for index in indices:
-            chosen, own = self.mixture.locate(index)
-            for shard in self.cursors[chosen].upcoming_shards(own, count):
-                found.setdefault((chosen, shard))
+        starts, ends = self.mixture.used(indices[0]), self.mixture.used(indices[-1] + 1)
+        for chosen, (start, end) in enumerate(zip(starts, ends, strict=True)):
+            cursor = self.cursors[chosen]
+            # Every lane the indices touch, once or twice.
+            for own in dict.fromkeys([*range(start, end, cursor.chunk), *([end - 1] if end > start else [])]):
+                found |= dict.fromkeys((chosen, shard) for shard in cursor.upcoming_shards(own, count))
         return list(found)

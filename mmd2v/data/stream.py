@@ -9,13 +9,15 @@ Shapes: m images of a micro-batch.
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from webdataset import DataPipeline
 
-from mmd2v.config.schema import DataConfig, ShardsConfig, SourceConfig, TrainSetConfig
+from mmd2v.config.schema import DataConfig, ShardsConfig, TrainSetConfig
 from mmd2v.data.addresses import display
 from mmd2v.data.collate import Collate, EvalView, TrainView
 from mmd2v.data.cursor import Cursor
@@ -32,10 +34,40 @@ from mmd2v.data.watch import WorkerStates
 from mmd2v.errors import UserError
 
 
-def dataset_size(train: TrainSetConfig | ShardsConfig, source: SourceConfig | None = None) -> int:
-    """Number of samples of a data set, or of all of a mixture (each one's ``limit`` respected)."""
-    sets = train.named_sets.values() if isinstance(train, TrainSetConfig) else [train]
-    return sum(len(ShardSet(one.shards, one.limit, source=source)) for one in sets)
+class TrainFacts(NamedTuple):
+    """What is known of a training set before anything is built."""
+
+    samples: int
+    """Of all data sets together, each one's ``limit`` respected."""
+    layout: str
+    """Digest of the sets' names and of how many samples each of their shards has: the order is a function of it."""
+
+
+def open_sets(config: DataConfig, cache: int = 2) -> list[ShardSet]:
+    """Open the data sets that are trained on, each with ``cache`` shards kept open.
+
+    Shards that are cut off or missing are damage of their samples, unless ``config.damage.limit`` is 0.
+    """
+    tolerant = config.damage.limit > 0
+    return [
+        ShardSet(one.shards, one.limit, cache=cache, source=config.source, tolerant=tolerant)
+        for one in config.train.named_sets.values()
+    ]
+
+
+def train_facts(config: DataConfig, *, seed: int, batch: int | None) -> TrainFacts:
+    """Count the training set; ``batch`` are the samples of a step over all ranks, None of a run in steps of tokens.
+
+    Raises:
+        UserError: no such shards, or settings of the order that do not fit together or to the sets.
+    """
+    sets = open_sets(config)
+    if batch is not None:
+        train_order(config, sets, seed=seed, batch=batch)
+    digest = hashlib.sha256()
+    for name, shards in zip(config.train.named_sets, sets, strict=True):
+        digest.update(json.dumps([name, len(shards.counts)]).encode() + shards.counts.astype("<i8").tobytes())
+    return TrainFacts(sum(map(len, sets)), digest.hexdigest()[:16])
 
 
 def train_order(
@@ -89,6 +121,7 @@ def train_loader(
     accumulation: int = 1,
     start_index: int = 0,
     images: bool = True,
+    label_classes: int | None = None,
     outputs: Sequence[StoredOutputs] = (),
     pin_memory: bool | None = None,
 ) -> Loader:
@@ -104,6 +137,7 @@ def train_loader(
         accumulation: micro-batches of a step, a; a step takes G = W·m·a samples, the same ones for any W at equal G.
         start_index: global index of the first sample: 0, or steps · G to resume.
         images: whether images are read; without, samples need none.
+        label_classes: numbers of a sample's labels, A; None leaves them out.
         outputs: stored outputs of teachers that go into the batches.
         pin_memory: pin the batches; None: when there is a CUDA device.
 
@@ -121,15 +155,10 @@ def train_loader(
     cache = 2 * config.shuffle_shards * together
     for stored in outputs:
         stored.keep_open(cache * len(config.train.named_sets))
-    tolerant = config.damage.limit > 0
-    sets = [
-        ShardSet(one.shards, one.limit, cache=cache, source=config.source, tolerant=tolerant)
-        for one in config.train.named_sets.values()
-    ]
+    sets = open_sets(config, cache)
     order = train_order(config, sets, seed=seed, batch=step, micro_batch_size=micro_batch_size)
     positions = TrainPositions(order, sets, config.shuffle_shards, start_index, rank, world_size, micro_batch_size)
-    collate = Collate(TrainView(config, seed), tokenizer, config.labels, images, outputs=outputs)
-    _tolerate(config, sets, collate, sum(map(len, sets)))
+    collate = _collate(config, seed, tokenizer, images, label_classes, outputs)
     names = list(config.train.named_sets)
     return _loader(
         config, sets, names, positions, collate, micro_batch_size, order=order, rank=rank, pin_memory=pin_memory
@@ -146,6 +175,7 @@ def token_loader(
     world_size: int,
     accumulation: int = 1,
     start_step: int = 0,
+    label_classes: int | None = None,
     pin_memory: bool | None = None,
 ) -> Loader:
     """Micro-batches of one rank in steps of ``config.batch_tokens`` tokens, without end and without images.
@@ -159,6 +189,7 @@ def token_loader(
         world_size: number of ranks, W.
         accumulation: micro-batches of a step, a; a step has the same texts for any W and a.
         start_step: steps done.
+        label_classes: as `train_loader`.
         pin_memory: as `train_loader`.
 
     Raises:
@@ -169,8 +200,7 @@ def token_loader(
     ahead = FETCHED_AHEAD * (config.shuffle_shards + 1)
     shards, _ = open_texts(config, tokenizer, cache=ahead)
     positions = TokenPositions(order, shards, start_step, rank, world_size, accumulation, ahead)
-    collate = Collate(TrainView(config, seed), tokenizer, config.labels, images=False)
-    _tolerate(config, [shards], collate, order.texts)
+    collate = _collate(config, seed, tokenizer, False, label_classes)
     return _loader(config, [shards], [""], positions, collate, 0, order=order, rank=rank, pin_memory=pin_memory)
 
 
@@ -203,17 +233,11 @@ def annotation_loader(
         UserError: as `train_loader`.
     """
     positions = PassPositions(sets, passes, batch_size)
-    collate = Collate(TrainView(config, seed), tokenizer, None, images)
-    _tolerate(config, sets, collate, sum(map(len, sets)))
+    collate = _collate(config, seed, tokenizer, images, None)
     names = [""] * len(sets)
     return _loader(
         config, sets, names, positions, collate, batch_size, batches=positions.batches, rank=rank, pin_memory=pin_memory
     )
-
-
-def damage_allowed(config: DataConfig, samples: int) -> int:
-    """How many of a data set's samples may be damaged; 0: the first one stops the run."""
-    return int(config.damage.limit * samples)
 
 
 def eval_loader(
@@ -245,11 +269,18 @@ def eval_loader(
     )
 
 
-def _tolerate(config: DataConfig, sets: Sequence[ShardSet], collate: Collate, samples: int) -> None:
-    """Put up with damage, if any is allowed among so many samples."""
-    collate.tolerant = damage_allowed(config, samples) > 0
-    for shards in sets:
-        shards.tolerant = collate.tolerant
+def _collate(
+    config: DataConfig,
+    seed: int,
+    tokenizer: Tokenizer | None,
+    images: bool,
+    label_classes: int | None,
+    outputs: Sequence[StoredOutputs] = (),
+) -> Collate:
+    """What training makes of samples: damaged ones get weight 0, unless the limit is 0."""
+    labels = None if config.labels is None or label_classes is None else (config.labels, label_classes)
+    tolerant = config.damage.limit > 0
+    return Collate(TrainView(config, seed), tokenizer, labels, images, tolerant, outputs=outputs)
 
 
 def _loader(

@@ -37,8 +37,6 @@ def weighted_mean(
     Where micro-batches have different numbers of rows, it divides by ``mean_over`` instead of B: see `Batch.mean_over`.
     """
     if weights_B is not None:
-        # Not a product: what stands in for a damaged sample may have a loss that is not finite.
-        shape = (-1,) + (1,) * (loss_BX.ndim - 1)
-        loss_BX = loss_BX.masked_fill(weights_B.view(shape) == 0, 0)
+        loss_BX = loss_BX * weights_B.view((-1,) + (1,) * (loss_BX.ndim - 1))
     mean = loss_BX.mean()
     return mean if mean_over is None else mean * (loss_BX.shape[0] / mean_over)

@@ -33,11 +33,11 @@ from mmd2v.data.annotation_record import (
 )
 from mmd2v.data.annotation_settings import captions_fixed, differences, is_fixed, listed
 from mmd2v.data.batch import Batch
-from mmd2v.data.damage import DamagedSample, DamageTally
+from mmd2v.data.damage import DamagedSample, DamageTally, damage_allowed
 from mmd2v.data.device import DeviceCopy
 from mmd2v.data.positions import ShardPass
 from mmd2v.data.shards import ShardSet
-from mmd2v.data.stream import annotation_loader, damage_allowed
+from mmd2v.data.stream import annotation_loader, open_sets
 from mmd2v.data.tokenizers import Tokenizer, load_tokenizer
 from mmd2v.distributed import environment
 from mmd2v.distributed.collectives import gather_objects
@@ -47,7 +47,7 @@ from mmd2v.errors import UserError, disk_message, unknown_name
 from mmd2v.models.teachers import Targets, Teacher, build_teachers
 from mmd2v.progress import Progress
 from mmd2v.train.mock import mock_batch
-from mmd2v.train.replay import Needs, needs, open_sets, settings_of, token_batches
+from mmd2v.train.replay import Needs, needs, settings_of, token_batches
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ def annotate(config: Config, options: Options) -> str:
     names = from_main_rank(lambda: _chosen(config, options))
     config = config.model_copy(update={"teachers": {name: config.teachers[name] for name in names}})
     tokenizer = load_tokenizer(config.data.tokenizer) if config.data.tokenizer else None
-    sets: list[ShardSet] = on_every_rank(lambda: open_sets(config))
+    sets: list[ShardSet] = on_every_rank(lambda: open_sets(config.data))
     needed: list[Needs] = from_main_rank(lambda: _needed(config, options, sets))
     teachers: dict[str, Teacher] = on_every_rank(lambda: build_teachers(config, world.device, tokenizer))
     annotations: dict[str, Annotation] = on_every_rank(
@@ -165,8 +165,7 @@ class _Annotator:
         self.set_names = list(self.config.data.train.named_sets)
         self.names = [shard_names(shards.paths) for shards in self.sets]
         self.copy = DeviceCopy(self.world.device, self.config.data.image)
-        allowed = damage_allowed(self.config.data, sum(map(len, self.sets)))
-        self.tally, self._told = DamageTally(allowed), set[str]()
+        self.tally = DamageTally(damage_allowed(self.config.data.damage, sum(map(len, self.sets))))
 
     def run(self) -> str:
         """Store everything that is missing; return a summary on rank 0."""
@@ -327,9 +326,8 @@ class _Annotator:
 
     def _count(self, samples: Iterator[DamagedSample]) -> None:
         """Tally damaged samples, each once however many epochs it is met in; stop when there are too many."""
-        new = [sample for sample in samples if sample.message not in self._told]
-        self._told.update(sample.message for sample in new)
-        self.tally.add(new)
+        for sample in samples:
+            self.tally.add(sample)
         try:
             self.tally.check()
         except UserError as error:

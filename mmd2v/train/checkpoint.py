@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from mmd2v.config.schema import Config
+from mmd2v.data.stream import TrainFacts
 from mmd2v.data.token_batches import TokenOrder
 from mmd2v.distributed.collectives import barrier, gather_objects
 from mmd2v.distributed.coordination import from_main_rank, shared_error
@@ -70,12 +71,12 @@ def describe(
     world: World,
     step: int,
     sample_index: int,
-    images: int,
+    facts: TrainFacts,
     tokens: TokenOrder | None = None,
 ) -> Manifest:
     """Describe the checkpoint the engine would write after ``step`` steps, at position ``sample_index`` of the stream.
 
-    ``images`` is the size of the training set, ``tokens`` the order of its texts in batches of tokens.
+    ``facts`` are of the training set, ``tokens`` the order of its texts in batches of tokens.
     """
     group_of = {name: i for i, group in enumerate(engine.groups) for name in group.names}
     parameters = {
@@ -94,7 +95,7 @@ def describe(
         model=config.model.model_dump(mode="json"),
         objectives=[objective.model_dump(mode="json") for objective in config.objectives],
         parameters=parameters,
-        stream=_stream(config, images) | _token_stream(tokens),
+        stream=_stream(config, facts) | _token_stream(tokens),
     )
 
 
@@ -109,11 +110,12 @@ def _token_stream(tokens: TokenOrder | None) -> dict[str, Any]:
     }
 
 
-def _stream(config: Config, images: int) -> dict[str, Any]:
+def _stream(config: Config, facts: TrainFacts) -> dict[str, Any]:
     tokenizer = config.data.tokenizer
     return {
         "seed": config.seed,
-        "data.train (images)": images,
+        "data.train (images)": facts.samples,
+        "data.train (samples of each shard)": facts.layout,
         # With another order, a resumed epoch would repeat some samples and miss others.
         "data.shuffle_shards": config.data.shuffle_shards,
         "data.lanes": config.data.lanes,

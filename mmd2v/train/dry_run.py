@@ -16,7 +16,7 @@ from mmd2v.config.batch_plan import BatchPlan, plan_batches, total_steps
 from mmd2v.config.load import dump_config
 from mmd2v.config.schema import Config
 from mmd2v.data.batch import Batch
-from mmd2v.data.stream import dataset_size
+from mmd2v.data.stream import train_facts
 from mmd2v.distributed import environment
 from mmd2v.distributed.coordination import from_main_rank, on_every_rank
 from mmd2v.distributed.environment import World
@@ -80,7 +80,7 @@ def _choose_sources(config: Config, plan: BatchPlan, world: World) -> dict[str, 
     steps = config.steps or 1  # what is not known (the batches above say so) cannot keep a teacher from its outputs
     if config.steps is None and config.data.batch_tokens is None:
         with suppress(UserError):
-            steps = total_steps(config, plan, dataset_size(config.data.train, config.data.source))
+            steps = total_steps(config, plan, _samples(config, plan))
     return choose_sources(config, plan, steps, world.device)
 
 
@@ -93,7 +93,7 @@ def _describe_batches(config: Config, plan: BatchPlan) -> str:
     lines = [str(plan)]
     images = None
     try:
-        images = dataset_size(config.data.train, config.data.source)
+        images = _samples(config, plan)
         lines.append(f"data.train: {images} {plan.unit} = {images / plan.global_batch:.1f} steps an epoch")
     except UserError as error:
         lines.append(f"data.train: size unknown, so are the steps an epoch ({error}); without it no run will start")
@@ -108,6 +108,10 @@ def _describe_batches(config: Config, plan: BatchPlan) -> str:
         + f"; {schedule.warmup} of them warm-up, then {schedule.shape}"
     )
     return "\n".join(lines)
+
+
+def _samples(config: Config, plan: BatchPlan) -> int:
+    return train_facts(config.data, seed=config.seed, batch=plan.global_batch).samples
 
 
 def _describe_token_batches(config: Config, plan: BatchPlan) -> str:

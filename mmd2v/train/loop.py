@@ -16,7 +16,7 @@ from mmd2v.config.schema import Config
 from mmd2v.data.batch import Batch
 from mmd2v.data.device import DeviceCopy
 from mmd2v.data.loader import Loader
-from mmd2v.data.stream import damage_allowed, dataset_size, token_loader, train_loader
+from mmd2v.data.stream import TrainFacts, token_loader, train_facts, train_loader
 from mmd2v.data.trace import Trace
 from mmd2v.distributed import environment
 from mmd2v.distributed.buffers import average_buffers
@@ -73,10 +73,11 @@ class Run:
         self.run_dir = Path(config.run_dir)
         # What is wrong with a config should come out before anything is loaded or written.
         self.plan: BatchPlan = from_main_rank(lambda: plan_batches(config, world.size))
-        self.dataset_size: int = from_main_rank(lambda: dataset_size(config.data.train, config.data.source))
+        batch = None if config.data.batch_tokens else self.plan.global_batch
+        self.facts: TrainFacts = from_main_rank(lambda: train_facts(config.data, seed=config.seed, batch=batch))
         self.tokens = prepare_token_order(config, self.plan.ranks * self.plan.accumulation)
         self.steps = total_steps(
-            config, self.plan, self.dataset_size, None if self.tokens is None else self.tokens.epoch_steps
+            config, self.plan, self.facts.samples, None if self.tokens is None else self.tokens.epoch_steps
         )
         self.schedule: Schedule = from_main_rank(lambda: build_schedule(config.optimizer, self.steps))
         from_main_rank(lambda: restore_replaced(self.run_dir))
@@ -99,7 +100,8 @@ class Run:
             describe_run(self.run_dir, config, world, self.engine.description)
         self.reporter = Reporter(self.run_dir, world, self.steps, self.step, config.logging.tensorboard)
         self.meter, self.stopwatch = LossMeter(), Stopwatch()
-        self.damage = DamageWatch(self.run_dir, world, damage_allowed(config.data, self.dataset_size))
+        samples = self.facts.samples if self.tokens is None else self.tokens.texts
+        self.damage = DamageWatch(self.run_dir, world, config.data.damage, samples, self.step)
         self.trace = Trace(config.data.trace, world.rank, self.step) if config.data.trace else None
         self.copy = DeviceCopy(world.device, config.data.image)
         self._working, self._reported, self._samples_reported = 0.0, self.step, self.sample_index
@@ -192,6 +194,7 @@ class Run:
                 world_size=self.world.size,
                 accumulation=self.plan.accumulation,
                 start_step=self.step,
+                label_classes=self.config.label_classes,
             )
         return train_loader(
             self.config.data,
@@ -203,6 +206,7 @@ class Run:
             accumulation=self.plan.accumulation,
             start_index=self.sample_index,
             images=self.parts.uses_images,
+            label_classes=self.config.label_classes,
             outputs=self.parts.outputs,
         )
 
@@ -256,9 +260,7 @@ class Run:
             self.checkpointer.save(self.engine, self._describe())
 
     def _describe(self) -> Manifest:
-        return describe(
-            self.engine, self.config, self.world, self.step, self.sample_index, self.dataset_size, self.tokens
-        )
+        return describe(self.engine, self.config, self.world, self.step, self.sample_index, self.facts, self.tokens)
 
     @contextmanager
     def _pause(self) -> Iterator[None]:

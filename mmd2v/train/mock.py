@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from mmd2v.config.schema import AttributesConfig, Config
+from mmd2v.config.schema import Config
 from mmd2v.data.batch import Batch
 from mmd2v.data.stored_outputs import StoredOutputs
 from mmd2v.data.tokenizers import Tokenizer
@@ -29,7 +29,7 @@ def mock_batch(
         ids_NL = torch.randint(0, tokenizer.vocab_size, (captions, length), dtype=torch.int32, generator=random)
         ids_NL[:, 0] = tokenizer.cls_id
         ids = ids_NL.flatten()
-    classes = next((o.classes for o in config.objectives if isinstance(o, AttributesConfig)), None)
+    classes = config.label_classes
     return Batch(
         images=torch.randint(0, 256, (images, 3, size, size), dtype=torch.uint8, generator=random),
         text_ids=ids,

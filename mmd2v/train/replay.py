@@ -16,7 +16,7 @@ from mmd2v.data.annotation_record import RECORD_NAME, Annotation, read_record, t
 from mmd2v.data.annotation_settings import differences, image_settings, listed, text_settings
 from mmd2v.data.shards import ShardSet
 from mmd2v.data.stored_outputs import StoredOutputs
-from mmd2v.data.stream import train_order
+from mmd2v.data.stream import open_sets, train_order
 from mmd2v.data.tokenizers import Tokenizer, load_tokenizer
 from mmd2v.errors import UserError, nearest
 from mmd2v.models.teachers.identity import teacher_settings
@@ -50,13 +50,6 @@ class Needs(NamedTuple):
     def all_epochs(self) -> range:
         """The epochs of which something has to be stored."""
         return range(self.epochs + bool(self.shards))
-
-
-def open_sets(config: Config) -> list[ShardSet]:
-    """Open the data sets of ``data.train``."""
-    sets = config.data.train.named_sets.values()
-    tolerant = config.data.damage.limit > 0
-    return [ShardSet(one.shards, one.limit, source=config.data.source, tolerant=tolerant) for one in sets]
 
 
 def needs(config: Config, sets: Sequence[ShardSet], *, batch: int, steps: int) -> list[Needs]:
@@ -118,7 +111,7 @@ def _usable(
             return _nothing_stored(own.outputs, name)
         if found := differences(annotation.settings, settings_of(config, name, tokenizer, device)):
             return listed(found)
-        sets = open_sets(config)
+        sets = open_sets(config.data)
         needed = needs(config, sets, batch=plan.global_batch, steps=steps)
         lacks, fixed = _lacking(config, annotation, folder, sets, needed)
     except UserError as error:

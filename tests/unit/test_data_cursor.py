@@ -189,6 +189,12 @@ def test_upcoming_shards_begin_with_the_present_window():
     assert set(seen[:30]) <= set(cursor.upcoming_shards(lane[0], 3))
 
 
+def test_upcoming_shards_go_on_into_the_next_epoch():
+    cursor = Cursor(np.full(12, 10), seed=2, window=3)
+    upcoming = cursor.upcoming_shards(119, 6)
+    assert cursor[119].shard in upcoming[:3] and cursor[120].shard in upcoming[3:]
+
+
 def test_lanes_must_divide_the_batch():
     with pytest.raises(UserError, match=r"data\.lanes: 3 does not divide engine\.batch_size 8; nearest .* 2"):
         Cursor(np.array([9]), seed=0, window=1, lanes=3, batch=8)

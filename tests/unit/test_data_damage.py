@@ -12,9 +12,9 @@ from data_samples import captions_of, encoded, make_shards, write_tar
 
 from mmd2v.config.schema import DataConfig
 from mmd2v.data.batch import Batch
-from mmd2v.data.damage import DamagedSample, DamageKind, DamageTally
+from mmd2v.data.damage import DamagedSample, DamageKind, DamageTally, damage_allowed
 from mmd2v.data.loader import Loader
-from mmd2v.data.stream import damage_allowed, eval_loader, train_loader
+from mmd2v.data.stream import eval_loader, train_facts, train_loader
 from mmd2v.data.tokenizers import load_tokenizer, train_tokenizer
 from mmd2v.errors import UserError
 
@@ -137,9 +137,12 @@ def test_labels_of_a_damaged_sample_are_zero(folder, tmp_path):
     labelled = json.dumps({"captions": ["x"], "vector": [1.0, 2.0]}).encode()
     odd = json.dumps({"captions": ["x"], "vector": "no"}).encode()
     members = [("a.jpg", encoded(0)), ("a.json", labelled), ("b.jpg", encoded(1)), ("b.json", odd)]
-    (batch,) = epoch(config(folder, write_tar(tmp_path / "a.tar", members), labels="vector"), 2, micro=2)
+    chosen = config(folder, write_tar(tmp_path / "a.tar", members), labels="vector")
+    (batch,) = epoch(chosen, 2, micro=2, label_classes=2)
     assert [sample.kind for sample in batch.damaged] == [DamageKind.BAD_LABELS]
     assert sorted(batch.labels.sum(1).tolist()) == [0.0, 3.0]
+    for batch in epoch(chosen, 2, micro=1, label_classes=2):  # one batch has nothing else
+        assert batch.labels.shape == (1, 2)
 
 
 def test_good_samples_do_not_depend_on_damaged_neighbours(folder, tmp_path):
@@ -164,21 +167,34 @@ def test_evaluation_stops_at_the_first(folder, tmp_path):
         list(eval_loader(chosen, shards=chosen.train.named_sets[""], tokenizer=None, batch_size=2))
 
 
-def test_a_small_set_allows_nothing(folder, tmp_path):
+def test_a_limit_of_0_stops_at_the_first(folder, tmp_path):
     path = write_tar(tmp_path / "a.tar", [("x.jpg", encoded(0)[:99]), ("x.json", GOOD_META)])
-    chosen = config(folder, path, damage={})
-    assert damage_allowed(chosen, 999) == 0 and damage_allowed(chosen, 5_000) == 5
     with pytest.raises(UserError, match="the image does not decode"):
-        epoch(chosen, 1, micro=1)
+        epoch(config(folder, path, damage={"limit": 0}), 1, micro=1)
+
+
+def test_how_many_are_allowed(folder):
+    chosen = config(folder, "x", damage={}).damage
+    assert damage_allowed(chosen, 999) == 0 and damage_allowed(chosen, 5_000) == 5
+
+
+def test_a_cut_or_missing_shard_does_not_keep_a_run_from_starting(folder, tmp_path):
+    make_shards(tmp_path / "set", 12, 4)
+    shards = sorted((tmp_path / "set").glob("*.tar"))
+    shards[1].write_bytes(shards[1].read_bytes()[:5_000])
+    shards[2].unlink()
+    assert train_facts(config(folder, tmp_path / "set"), seed=0, batch=4).samples == 12
+    with pytest.raises(UserError, match="shard-000002"):
+        train_facts(config(folder, tmp_path / "set", damage={"limit": 0}), seed=0, batch=4)
 
 
 def test_the_tally_names_kinds_shards_and_the_first():
     tally = DamageTally(allowed=2)
-    tally.add(
-        DamagedSample(DamageKind.NO_CAPTION, shard, f"{shard}: sample {n}: no caption") for n, shard in enumerate("ab")
-    )
+    for row, shard in enumerate("ab"):
+        sample = DamagedSample(DamageKind.NO_CAPTION, shard, row, f"{shard}: sample {row}: no caption")
+        assert tally.add(sample) and not tally.add(sample)  # met again in the next epoch
     tally.check()
-    tally.add([DamagedSample(DamageKind.IMAGE_UNDECODABLE, "b", "b: sample 9: broken")])
+    assert tally.add(DamagedSample(DamageKind.IMAGE_UNDECODABLE, "b", 9, "b: sample 9: broken"))
     assert tally.by_kind() == {"no_caption": 2, "image_undecodable": 1}
     with pytest.raises(UserError) as caught:
         tally.check()

@@ -12,7 +12,7 @@ from mmd2v.config.schema import DataConfig, ShardsConfig, TokenizerConfig
 from mmd2v.data.batch import Batch
 from mmd2v.data.collate import chosen_captions
 from mmd2v.data.shards import RawSample
-from mmd2v.data.stream import dataset_size, eval_loader, train_loader
+from mmd2v.data.stream import eval_loader, train_facts, train_loader
 from mmd2v.data.tokenizers import load_tokenizer, train_tokenizer
 from mmd2v.errors import UserError
 
@@ -39,11 +39,12 @@ def config(folder, **change):
         "shuffle_shards": 3,
         "workers": 0,
         "prefetch": 1,
+        "damage": {"limit": 0},  # the first one is an error
     }
     return DataConfig.model_validate({**base, **change})
 
 
-def batches(folder, count, *, rank=0, world_size=1, micro=4, accumulation=1, start=0, seed=0, **change):
+def batches(folder, count, *, rank=0, world_size=1, micro=4, accumulation=1, start=0, seed=0, classes=2, **change):
     chosen = config(folder, **change)
     loader = train_loader(
         chosen,
@@ -54,6 +55,7 @@ def batches(folder, count, *, rank=0, world_size=1, micro=4, accumulation=1, sta
         micro_batch_size=micro,
         accumulation=accumulation,
         start_index=start,
+        label_classes=classes,
     )
     return list(itertools.islice(loader, count))
 
@@ -157,8 +159,8 @@ def test_limit(folder):
     train = {"shards": str(folder / "set"), "limit": 6}
     ids = [name for batch in batches(folder, 3, micro=2, train=train) for name in batch.sample_ids]
     assert sorted(ids) == [f"sample-{n:04d}" for n in range(6)]
-    assert dataset_size(config(folder, train=train).train) == 6
-    assert dataset_size(config(folder).train) == COUNT
+    assert train_facts(config(folder, train=train), seed=0, batch=2).samples == 6
+    assert train_facts(config(folder), seed=0, batch=2).samples == COUNT
 
 
 def evaluate(folder, *, batch_size=4, rank=0, world_size=1, **change):
@@ -258,17 +260,22 @@ META = b'{"captions": ["one", "two"], "vector": [1.0]}'
 def test_a_bad_sample_is_one_clear_error(folder, tmp_path, workers, members, message):
     path = write_tar(tmp_path / "bad.tar", [("good.jpg", encoded(0)), ("good.json", META), *members])
     with pytest.raises(UserError, match=message) as caught:
-        batches(folder, 4, micro=1, workers=workers, train={"shards": str(path)})
+        batches(folder, 4, micro=1, workers=workers, classes=1, train={"shards": str(path)})
     assert str(caught.value).startswith(f"{path}: sample k: ")
     assert "Traceback" not in str(caught.value) and "worker" not in str(caught.value)
 
 
-def test_labels_of_different_length(folder, tmp_path):
-    other = META.replace(b"[1.0]", b"[1.0, 2.0]")
-    members = [("a.jpg", encoded(0)), ("a.json", META), ("b.jpg", encoded(0)), ("b.json", other)]
+@pytest.mark.parametrize(
+    ("vector", "message"),
+    [(b"[1.0, 2.0]", "has 2 numbers, expected 1"), (b"[NaN]", "not finite"), (b"[1e39]", "not finite in float32")],
+)
+def test_labels_that_are_no_labels(folder, tmp_path, vector, message):
+    members = [("b.jpg", encoded(0)), ("b.json", META.replace(b"[1.0]", vector))]
     path = write_tar(tmp_path / "x.tar", members)
-    with pytest.raises(UserError, match="other samples have"):
-        batches(folder, 1, micro=2, train={"shards": str(path)})
+    with pytest.raises(UserError, match=message):
+        batches(folder, 1, micro=1, classes=1, train={"shards": str(path)})
+    (batch,) = batches(folder, 1, micro=1, classes=1, train={"shards": str(path)}, damage={"limit": 1})
+    assert batch.labels.tolist() == [[0.0]] and batch.weights.tolist() == [0.0]
 
 
 def test_shard_that_vanishes_or_shrinks(folder, tmp_path):

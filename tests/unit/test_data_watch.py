@@ -64,3 +64,18 @@ def test_states_name_what_is_done():
     )
     states.enter(Stage.TOKENIZING)
     assert "1:7" in states.describe(0, lambda set_, shard: f"{set_}:{shard}")
+
+
+class Broken:
+    """A mistake of ours in a worker."""
+
+    def __call__(self):
+        raise RuntimeError("shape mismatch in DataLoader worker code")
+        yield
+
+
+def test_a_mistake_in_a_worker_keeps_its_traceback():
+    chosen = DataConfig.model_validate({"train": {"shards": "x"}, "workers": 1, "prefetch": 1})
+    with pytest.raises(RuntimeError, match="shape mismatch in DataLoader worker code") as caught:
+        list(Loader(DataPipeline(Broken(), report_errors), chosen, None))
+    assert not isinstance(caught.value, UserError) and "in __call__" in str(caught.value)

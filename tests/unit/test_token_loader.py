@@ -60,6 +60,7 @@ def batches(chosen: DataConfig, count: int, *, rank=0, world_size=1, accumulatio
         world_size=world_size,
         accumulation=accumulation,
         start_step=start,
+        label_classes=2,
     )
     return list(itertools.islice(loader, count))
 

@@ -51,6 +51,30 @@ def write_tar(path: Path, members: list[tuple[str, bytes]]) -> Path:
     return path
 
 
+def damaged_headers() -> dict[str, bytes]:
+    """What a damaged header may be: name → the member, as bytes of a tar."""
+    sparse = tarfile.TarInfo("x.jpg")
+    sparse.pax_headers = {"GNU.sparse.map": "x,y", "GNU.sparse.size": "z"}
+    huge, pax = tarfile.TarInfo("x.jpg"), tarfile.TarInfo("x.jpg")
+    huge.size = pax.size = 2**62
+    pax.type = tarfile.XHDTYPE
+    return {
+        "sparse": sparse.tobuf(tarfile.PAX_FORMAT),
+        "huge": huge.tobuf(tarfile.GNU_FORMAT),
+        "huge pax": pax.tobuf(tarfile.GNU_FORMAT),
+        "no header": b"x" * 512,
+    }
+
+
+def insert_member(tar: Path, header: bytes, member: int) -> Path:
+    """Put a header in front of so many members of a tar."""
+    with tarfile.open(tar) as opened:
+        at = opened.getmembers()[member].offset
+    data = tar.read_bytes()
+    tar.write_bytes(data[:at] + header + data[at:])
+    return tar
+
+
 def write_images(folder: Path, names: list[str]) -> Path:
     for number, name in enumerate(names):
         target = folder / name

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import logging
 import os
-import tarfile
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
@@ -13,7 +13,10 @@ from typing import NamedTuple
 
 from mmd2v.data.damage import Damage, DamageKind
 from mmd2v.data.shards import IMAGE_SUFFIXES
+from mmd2v.data.tar_members import plain_members
 from mmd2v.errors import UserError, nearest
+
+logger = logging.getLogger(__name__)
 
 _HINT_NAMES = 20_000  # names looked through for a hint
 
@@ -129,19 +132,19 @@ class TreeImages(FolderImages):
 class TarImages(ImageFiles):
     """Images in an uncompressed tar, read by their offsets."""
 
-    def __init__(self, root: Path) -> None:
-        """Raises UserError: no readable, uncompressed tar."""
+    def __init__(self, root: Path, *, tolerant: bool = False) -> None:
+        """Raises UserError: no readable, uncompressed tar; ``tolerant``: not even its beginning."""
         self.root = root
         self.name = str(root)
         self._spans: dict[str, tuple[int, int]] = {}
         self._by_base: dict[str, str | None] = {}
         try:
-            with tarfile.open(root, "r:") as tar:
-                for member in tar:
-                    if member.isfile():
-                        self._add(str(PurePosixPath(member.name)), member.offset_data, member.size)
-        except (tarfile.TarError, EOFError, OSError) as error:
-            raise UserError(f"--images: {root} is no readable, uncompressed tar: {error}") from None
+            for member in plain_members(str(root)):
+                self._add(str(PurePosixPath(member.name)), member.offset_data, member.size)
+        except Damage as damage:
+            if not (tolerant and self._spans):
+                raise UserError(f"--images: {damage}") from None
+            logger.warning("--images: %s; the %s images in front of that are used", damage, f"{len(self._spans):,}")
         self._handle = os.open(root, os.O_RDONLY | os.O_CLOEXEC)
 
     def _add(self, name: str, offset: int, size: int) -> None:
@@ -223,15 +226,16 @@ class SeveralImages(ImageFiles):
             yield from place.stamps(names)
 
 
-def open_images(paths: Sequence[str | Path], *, tree: bool = False) -> ImageFiles:
+def open_images(paths: Sequence[str | Path], *, tree: bool = False, tolerant: bool = False) -> ImageFiles:
     """Open folders and tars of images, at least one.
 
     Args:
         paths: where they are.
         tree: whether an image is looked up by its base name in subfolders too.
+        tolerant: whether a tar that is damaged serves as far as it is whole.
 
     Raises:
-        UserError: one does not exist or is neither a folder nor a tar.
+        UserError: one does not exist, is neither a folder nor a tar, or is damaged.
     """
     places: list[ImageFiles] = []
     for path in paths:
@@ -239,7 +243,7 @@ def open_images(paths: Sequence[str | Path], *, tree: bool = False) -> ImageFile
         if root.is_dir():
             places.append(TreeImages(root) if tree else FolderImages(root))
         elif root.is_file():
-            places.append(TarImages(root))
+            places.append(TarImages(root, tolerant=tolerant))
         else:
             siblings = os.listdir(root.parent) if root.parent.is_dir() else []
             hint = nearest(root.name, siblings)

@@ -5,7 +5,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from data_samples import captions_of, encoded, leftovers, write_images, write_json, write_tar
+from data_samples import (
+    captions_of,
+    damaged_headers,
+    encoded,
+    insert_member,
+    leftovers,
+    write_images,
+    write_json,
+    write_tar,
+)
 
 from mmd2v.data.generate import facts_from_json, generate
 from mmd2v.data.packing import ordered_map, pack
@@ -64,6 +73,18 @@ def test_images_from_a_tar(tmp_path, folders):
     prefix = "./some/folder/" if folders else ""
     tar = write_tar(tmp_path / "i.tar", [(prefix + path.name, path.read_bytes()) for path in sorted(images.iterdir())])
     assert packed(source, tmp_path / "a", images=tar) == packed(source, tmp_path / "b", images=images)
+
+
+@pytest.mark.parametrize("kind", damaged_headers())
+def test_a_damaged_header_in_a_tar_of_images(tmp_path, caplog, kind):
+    source = write_json(tmp_path / "c.json", [{"image": f"{n}.jpg", "caption": captions_of(n)} for n in range(4)])
+    tar = write_tar(tmp_path / "i.tar", [(f"{n}.jpg", encoded(n)) for n in range(4)])
+    insert_member(tar, damaged_headers()[kind], 2)
+    message = error(source, tmp_path, images=tar)
+    assert message.startswith(f"--images: {tar}: ") and "after 1.jpg" in message
+    report = pack(source, tmp_path / "out", images=tar, skip_bad=True)
+    assert (report.samples, report.skipped) == (2, {"no_image": 2})
+    assert "after 1.jpg" in caplog.text and "the 2 images in front of that are used" in caplog.text
 
 
 def test_a_base_name_in_two_folders_of_a_tar_is_not_guessed(tmp_path):

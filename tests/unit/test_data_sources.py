@@ -7,7 +7,16 @@ import lzma
 import tarfile
 
 import pytest
-from data_samples import captions_of, encoded, leftovers, write_images, write_json, write_tar
+from data_samples import (
+    captions_of,
+    damaged_headers,
+    encoded,
+    insert_member,
+    leftovers,
+    write_images,
+    write_json,
+    write_tar,
+)
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -295,6 +304,19 @@ def test_a_header_that_names_more_bytes_than_there_are(tmp_path):
     report, samples = packed(source, tmp_path / "out", skip_bad=True)
     assert list(samples) == ["000000000"] and report.skipped == {"shard_truncated": 1}
     assert "000000001.jpg is said to have 10,000,000,000,000 bytes" in report.examples["shard_truncated"]
+
+
+@pytest.mark.parametrize("kind", damaged_headers())
+def test_damaged_headers_in_shards_and_archives(tmp_path, kind):
+    source = img2dataset(tmp_path / "cc3m", shards=1)
+    (source / "00000_stats.json").unlink()
+    insert_member(source / "00000.tar", damaged_headers()[kind], 3)
+    report, samples = packed(source, tmp_path / "out", skip_bad=True)
+    assert list(samples) == ["000000000"] and sum(report.skipped.values()) == 1
+    texts = write_tar(tmp_path / "t.tar", [(f"{n}.txt", b"Some words.") for n in range(4)])
+    insert_member(texts, damaged_headers()[kind], 2)
+    report, samples = packed(texts, tmp_path / "texts", images=False, format="text", skip_bad=True)
+    assert list(samples) == ["t.tar/0-000000", "t.tar/1-000000"] and sum(report.skipped.values()) == 1
 
 
 def test_bad_img2dataset(tmp_path):

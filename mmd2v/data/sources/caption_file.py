@@ -36,7 +36,7 @@ class CaptionFile(Source):
                 record.damage = self._bad(damage)
         self._check_unique()
         default = self.path if self.path.is_dir() else self.path.parent
-        self._files = open_images(options.images or (default,))
+        self._files = open_images(options.images or (default,), tolerant=options.skip_bad)
         self._stored = self._find_images(self._files)
 
     @abstractmethod

@@ -20,7 +20,7 @@ from mmd2v.data.image_files import Stamp, stamp
 from mmd2v.data.shards import IMAGE_SUFFIXES
 from mmd2v.data.sources.base import Record, Source, SourceOptions
 from mmd2v.data.sources.peek import Peek
-from mmd2v.data.sources.tar_members import plain_members
+from mmd2v.data.tar_members import plain_members
 from mmd2v.errors import UserError
 
 _STATS_SUFFIX = "_stats.json"

@@ -6,10 +6,13 @@ import json
 import os
 import tarfile
 from collections.abc import Iterator
+from contextlib import suppress
 from functools import cached_property
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from mmd2v.data.tar_members import TAR_ERRORS
 from mmd2v.errors import UserError
 
 _CHUNK = 1 << 20  # characters read at once
@@ -58,12 +61,12 @@ class Peek:
             return tuple(sorted(os.listdir(self.path)))
         if self.suffix != ".tar":
             return ()
-        try:
-            with tarfile.open(self.path, "r:") as tar:
-                members = [tar.next() for _ in range(20)]
-        except (tarfile.TarError, EOFError, OSError):
-            return ()
-        return tuple(member.name for member in members if member is not None and member.isfile())
+        names = []
+        with suppress(*TAR_ERRORS, OSError), tarfile.open(self.path, "r:") as tar:
+            for member in islice(tar, 20):
+                if member.isfile():
+                    names.append(member.name)
+        return tuple(names)
 
     def tree(self) -> Iterator[str]:
         """Yield the names of all files of a folder and its subfolders, in no particular order."""

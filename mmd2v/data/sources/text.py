@@ -27,7 +27,7 @@ from mmd2v.data.shards import IMAGE_SUFFIXES
 from mmd2v.data.sources.base import Record, Source, SourceOptions
 from mmd2v.data.sources.passages import passages
 from mmd2v.data.sources.peek import Peek
-from mmd2v.data.sources.tar_members import READ_ERRORS, decompressed, streamed_members
+from mmd2v.data.tar_members import READ_ERRORS, decompressed, streamed_members
 from mmd2v.errors import UserError, nearest
 
 PASSAGE_WORDS = 256  # at most, unless asked for otherwise

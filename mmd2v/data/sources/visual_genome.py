@@ -30,7 +30,7 @@ class VisualGenome(Source):
         if peek.suffix != ".json":
             raise UserError(f"{self.path}: format {self.format} is a .json file, found {peek.suffix or 'a folder'}")
         next(json_items(self.path), None)  # another format is told at once
-        self._files = open_images(options.images or (self.path.parent,), tree=True)
+        self._files = open_images(options.images or (self.path.parent,), tree=True, tolerant=options.skip_bad)
         self.total = self._count()
         if not self.total:
             raise UserError(f"{self.path}: found no image, expected at least one (format {self.format})")

@@ -14,6 +14,10 @@ from typing import IO
 from mmd2v.data.damage import Damage, DamageKind
 
 _BLOCK = 512  # bytes of a tar block
+_MOST_EMPTY = 100  # reads behind the end; tarfile itself needs a few
+
+TAR_ERRORS = (tarfile.TarError, EOFError, ValueError, OverflowError, MemoryError)
+"""What tarfile raises at damaged headers: they may name more bytes than a file, or memory, can have."""
 
 
 def plain_members(path: str) -> Iterator[tarfile.TarInfo]:
@@ -38,9 +42,9 @@ def plain_members(path: str) -> Iterator[tarfile.TarInfo]:
         with open(path, "rb") as handle:
             handle.seek(end)
             block = handle.read(_BLOCK)
-    except (tarfile.TarError, EOFError, ValueError) as error:
+    except TAR_ERRORS as error:
         kind = DamageKind.SHARD_TRUNCATED if end else DamageKind.SHARD_UNREADABLE
-        raise Damage(kind, f"{path}: no readable, uncompressed tar{last}: {error}") from None
+        raise Damage(kind, f"{path}: no readable, uncompressed tar{last}: {_reason(error)}") from None
     except OSError as error:
         raise Damage(DamageKind.SHARD_UNREADABLE, f"{path}: cannot be read: {error.strerror}") from None
     if len(block) < _BLOCK:
@@ -48,6 +52,11 @@ def plain_members(path: str) -> Iterator[tarfile.TarInfo]:
         raise Damage(DamageKind.SHARD_TRUNCATED, message)
     if any(block):
         raise Damage(DamageKind.SHARD_UNREADABLE, f"{path}: the tar is damaged{last}: no header at byte {end:,}")
+
+
+def _reason(error: BaseException) -> str:
+    """What an error says; of a header that asks for more memory than there is, nothing."""
+    return str(error) or "a header names more bytes than there can be"
 
 
 def streamed_members(stream: IO[bytes], name: str) -> Iterator[tuple[str, IO[bytes]]]:
@@ -65,7 +74,7 @@ def streamed_members(stream: IO[bytes], name: str) -> Iterator[tuple[str, IO[byt
     last = ""
     try:
         watched = _Watched(decompressed(stream))
-        with tarfile.open(fileobj=watched, mode="r|") as tar:
+        with tarfile.open(fileobj=watched, mode="r|", tarinfo=_Header) as tar:
             for member in tar:
                 tar.members = []  # type: ignore[attr-defined]
                 last = f" after {member.name}"
@@ -77,7 +86,7 @@ def streamed_members(stream: IO[bytes], name: str) -> Iterator[tuple[str, IO[byt
             raise EOFError("it ends without an end-of-archive mark: incomplete copy?")
     except READ_ERRORS as error:
         kind = DamageKind.SHARD_TRUNCATED if last else DamageKind.SHARD_UNREADABLE
-        raise Damage(kind, f"{name}: no readable tar{last}: {error}") from None
+        raise Damage(kind, f"{name}: no readable tar{last}: {_reason(error)}") from None
 
 
 def decompressed(stream: IO[bytes]) -> IO[bytes]:
@@ -89,15 +98,31 @@ def decompressed(stream: IO[bytes]) -> IO[bytes]:
     return stream
 
 
+class _Header(tarfile.TarInfo):
+    """A header; a damaged one is an error where tarfile would take it for the end of the archive."""
+
+    @classmethod
+    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> tarfile.TarInfo:
+        try:
+            return super().frombuf(buf, encoding, errors)
+        except tarfile.InvalidHeaderError as error:  # type: ignore[attr-defined]
+            raise tarfile.ReadError(f"a damaged header: {error}") from None
+
+
 class _Watched:
     """A stream that remembers how it ended."""
 
     def __init__(self, stream: IO[bytes]) -> None:
         self._stream = stream
         self._tail = b""
+        self._empty = 0
 
     def read(self, size: int) -> bytes:
         data = self._stream.read(size)
+        self._empty += not data
+        if self._empty > _MOST_EMPTY:
+            # tarfile would go on to the end of a member, which a damaged header may put anywhere.
+            raise EOFError("it ends inside a member")
         self._tail = (self._tail + data)[-_BLOCK:]
         return data
 
@@ -110,5 +135,5 @@ class _Watched:
 
 _COMPRESSIONS = {b"\x1f\x8b": gzip, b"\xfd7zXZ\0": lzma, b"BZh": bz2}
 
-READ_ERRORS = (tarfile.TarError, EOFError, lzma.LZMAError, zlib.error, OSError)
+READ_ERRORS = (*TAR_ERRORS, lzma.LZMAError, zlib.error, OSError)
 """What reading a damaged archive raises."""

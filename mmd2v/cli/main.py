@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import io
 import os
 import sys
 import time
@@ -105,4 +106,8 @@ def _without_local_rank(argv: Sequence[str]) -> list[str]:
 
 def run() -> None:
     """Entry point of the console script."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            # Names of files and archive members may be no text in the terminal's encoding: no reason to stop.
+            stream.reconfigure(errors="backslashreplace")
     sys.exit(main(sys.argv[1:]))

@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import pytest
+from data_samples import encoded
 from safetensors import SafetensorError
 
 from mmd2v.cli import main as cli
@@ -34,6 +35,19 @@ def test_no_command_shows_help_and_fails(capsys):
 def test_version(capsys):
     assert cli.main(["--version"]) == 0
     assert capsys.readouterr().out.startswith("mmd2v ")
+
+
+def test_names_that_are_no_text_are_printed_all_the_same(tmp_path):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in/a.jpg").write_bytes(encoded(0))
+    (tmp_path / "in/a.txt").write_text("A caption.")
+    name = os.fsdecode(os.fsencode(tmp_path) + b"/in/\xff.jpg")
+    open(name, "w").close()
+    command = [sys.executable, "-m", "mmd2v", "data", "pack", str(tmp_path / "in"), "--out", str(tmp_path / "out")]
+    environment = {**os.environ, "PYTHONIOENCODING": "utf-8:strict"}
+    done = subprocess.run([*command, "--skip-bad"], capture_output=True, env=environment, check=False)
+    assert done.returncode == 0, done.stderr
+    assert rb"in/\udcff.jpg" in done.stdout and b"1 images" in done.stdout
 
 
 @pytest.mark.parametrize(

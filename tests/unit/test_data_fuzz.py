@@ -3,13 +3,12 @@
 import json
 import os
 import shutil
-import tarfile
 import time
 from pathlib import Path
 
 import pytest
-from data_samples import make_shards
-from hypothesis import HealthCheck, given, settings
+from data_samples import encoded, make_shards
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from mmd2v.data.captions import meta_captions, parse_meta, text_captions
@@ -151,8 +150,17 @@ def test_json_of_any_depth_is_damage():
 
 
 @some(150)
-@given(value=values, shape=st.sampled_from(["plain", "flickr", "coco", "karpathy", "regions"]))
-def test_caption_files_of_any_json(tmp_path, value, shape):
+@given(
+    value=values,
+    shape=st.sampled_from(
+        ["plain", "flickr", "coco", "coco ids", "coco annotations", "karpathy", "karpathy images", "regions"]
+    ),
+    mark=st.booleans(),
+)
+@example(value=[1], shape="coco ids", mark=False)
+@example(value=[1], shape="coco annotations", mark=False)
+@example(value=5, shape="karpathy images", mark=False)
+def test_caption_files_of_any_json(tmp_path, value, shape, mark):
     content = {
         "plain": value,
         "flickr": [{"image": value, "caption": value}, value],
@@ -161,25 +169,34 @@ def test_caption_files_of_any_json(tmp_path, value, shape):
             "annotations": [value, {"image_id": 1, "caption": value}],
         },
         "regions": [{"id": 1, "regions": [{"phrase": value}, value]}, value],
+        "coco ids": {
+            "images": [{"id": value, "file_name": "a.jpg"}],
+            "annotations": [{"image_id": value, "caption": "x"}],
+        },
+        "coco annotations": {
+            "images": [{"id": 1, "file_name": "a.jpg"}],
+            "annotations": [{"image_id": value, "caption": "x"}],
+        },
         "karpathy": {"images": [{"filename": "a.jpg", "split": value, "sentences": value}]},
+        "karpathy images": {
+            "images": [{"filename": "a.jpg", "filepath": value, "split": "test", "sentences": [{"raw": "x"}]}]
+        },
     }[shape]
     path = tmp_path / "captions.json"
-    path.write_text(json.dumps(content))
-    options = SourceOptions(splits=("test",)) if shape == "karpathy" else None
+    path.write_text(("\ufeff" if mark else "") + json.dumps(content))
+    options = SourceOptions(splits=("test",)) if shape.startswith("karpathy") else None
     try:
         list(open_source(path, options=options).records())
     except UserError as error:
         assert str(error)
 
 
-@some(150)
-@given(changes=edits)
-def test_broken_images(whole, changes):
-    with tarfile.open(whole / "shard-000000.tar") as tar:
-        data = tar.extractfile(tar.getmembers()[0]).read()
+@some(200)
+@given(changes=edits, format=st.sampled_from(["JPEG", "PNG", "WEBP", "GIF"]))
+def test_broken_images(changes, format):
     began = time.monotonic()
     try:
-        image = decode_image(edited(data, changes), "x")
+        image = decode_image(edited(encoded(3, format), changes), "x")
         assert image.shape[0] == 3
     except Damage:
         pass

@@ -87,6 +87,12 @@ def test_a_damaged_header_in_a_tar_of_images(tmp_path, caplog, kind):
     assert "after 1.jpg" in caplog.text and "the 2 images in front of that are used" in caplog.text
 
 
+def test_a_byte_order_mark(tmp_path):
+    write_images(tmp_path, ["0.jpg"])
+    (tmp_path / "c.json").write_text('\ufeff[{"image": "0.jpg", "caption": "x"}]', encoding="utf-8")
+    assert pack(tmp_path / "c.json", tmp_path / "out").samples == 1
+
+
 def test_a_base_name_in_two_folders_of_a_tar_is_not_guessed(tmp_path):
     source = write_json(tmp_path / "c.json", [{"image": "x.jpg", "caption": "a"}])
     tar = write_tar(tmp_path / "i.tar", [("a/x.jpg", encoded(0)), ("b/x.jpg", encoded(1))])

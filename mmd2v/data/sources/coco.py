@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from mmd2v.data.sources.base import Record, image_id, image_name, json_entry
@@ -31,14 +32,21 @@ class Coco(CaptionFile):
         for number, raw in enumerate(content["images"]):
             entry = json_entry(path, "images entry", number, raw, ("id", "file_name"))
             image = image_name(path, "images entry", number, entry["file_name"])
+            _check_id(path, f"images entry {number}", "id", entry["id"])
             if entry["id"] in records:
                 raise UserError(f"{path}: images entry {number}: duplicate image id {entry['id']}")
             records[entry["id"]] = Record(image_id(image), image, [], {"image_id": entry["id"]})
         for number, raw in enumerate(content["annotations"]):
             entry = json_entry(path, "annotations entry", number, raw, ("image_id", "caption"))
+            _check_id(path, f"annotations entry {number}", "image_id", entry["image_id"])
             if entry["image_id"] not in records:
                 raise UserError(
                     f"{path}: annotations entry {number}: image id {entry['image_id']} is not among 'images'"
                 )
             records[entry["image_id"]].captions.append(entry["caption"])
         return list(records.values())
+
+
+def _check_id(path: Path, what: str, key: str, value: Any) -> None:
+    if not isinstance(value, int | str):
+        raise UserError(f"{path}: {what}: '{key}' is a {type(value).__name__}, expected a number or text")

@@ -43,7 +43,12 @@ class Karpathy(CaptionFile):
             if entry["split"] not in splits:
                 continue
             name = image_name(path, "images entry", number, entry["filename"])
-            image = str(PurePosixPath(entry["filepath"]) / name) if entry.get("filepath") else name
+            folder = entry.get("filepath") or ""
+            if not isinstance(folder, str):
+                raise UserError(
+                    f"{path}: images entry {number}: 'filepath' is a {type(folder).__name__}, expected a folder's name"
+                )
+            image = str(PurePosixPath(folder) / name)
             if not isinstance(entry["sentences"], list):
                 raise UserError(f"{path}: images entry {number}: 'sentences' is no list")
             what = f"image {name}, sentence"

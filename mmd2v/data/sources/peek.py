@@ -39,7 +39,7 @@ class Peek:
         if self.suffix != ".json":
             return None
         try:
-            with open(self.path, encoding="utf-8") as handle:
+            with open(self.path, encoding="utf-8-sig") as handle:
                 return json.load(handle)
         except (OSError, ValueError, RecursionError) as error:
             raise UserError(f"{self.path}: cannot be read as JSON: {error}") from None

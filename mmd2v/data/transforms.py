@@ -5,9 +5,11 @@ Shapes: C = 3 channels (RGB), H W pixels of the decoded image, S side of the res
 
 from __future__ import annotations
 
+import io
 import math
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch.nn import functional
 from torchvision.io import ImageReadMode
@@ -17,8 +19,10 @@ from mmd2v.config.schema import ImageTransformConfig
 from mmd2v.data.damage import Damage, DamageKind
 from mmd2v.data.draws import lazy_uniforms
 from mmd2v.data.image_header import first_frame
+from mmd2v.data.pillow import upright_rgb
 
 _CROP_TRIES = 10  # as torchvision's RandomResizedCrop
+_PNG_START = b"\x89PNG\r\n\x1a\n"
 _GIF_START = b"GIF8"
 _THIN = 32  # sides of an image as one to this, from where on its ends are cut off before it is resized
 
@@ -35,6 +39,8 @@ def decode_image(data: bytes | bytearray | memoryview, where: str = "image") -> 
     """
     if len(data) == 0:
         raise Damage(DamageKind.IMAGE_UNDECODABLE, f"{where}: the image is empty (0 bytes)")
+    if bytes(data[: len(_PNG_START)]) == _PNG_START:
+        return _decode_png(data, where)
     if bytes(data[:4]) == _GIF_START:
         data = first_frame(data)  # torchvision decodes them all, which takes memory that no limit of pixels knows of
     writable = data if isinstance(data, memoryview) and not data.readonly else bytearray(data)
@@ -43,9 +49,19 @@ def decode_image(data: bytes | bytearray | memoryview, where: str = "image") -> 
     except (RuntimeError, ValueError) as error:
         reason = str(error).splitlines()[0][:200]
         raise Damage(DamageKind.IMAGE_UNDECODABLE, f"{where}: the image does not decode: {reason}") from None
-    if image.dtype == torch.uint16:  # torch shifts no uint16
-        image = (image.to(torch.int32) >> 8).to(torch.uint8)
     return image[0] if image.ndim == 4 else image
+
+
+def _decode_png(data: bytes | bytearray | memoryview, where: str) -> torch.Tensor:
+    """Decode a PNG with Pillow: torchvision 0.29 ends the process at one with a flipped bit."""
+    from PIL import Image
+
+    try:
+        with Image.open(io.BytesIO(data), formats=["PNG"]) as image:
+            pixels = np.asarray(upright_rgb(image))
+    except Exception as error:  # Pillow's decoders raise all kinds, of which OSError is the least
+        raise Damage(DamageKind.IMAGE_UNDECODABLE, f"{where}: the image does not decode: {error}") from None
+    return torch.from_numpy(pixels.copy()).permute(2, 0, 1)
 
 
 class Crop(NamedTuple):

@@ -11,10 +11,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from mmd2v.config.schema import TokenizerConfig
-from mmd2v.data.addresses import is_remote
+from mmd2v.config.schema import SourceConfig, TokenizerConfig
+from mmd2v.data.addresses import expand_shards, is_remote
 from mmd2v.data.damage import Damage
 from mmd2v.data.image_header import image_size
+from mmd2v.data.places import Places
 from mmd2v.data.shard_index import ShardIndex
 from mmd2v.data.shards import ShardSet
 from mmd2v.data.tokenizers import Tokenizer, load_tokenizer
@@ -133,20 +134,23 @@ class Stats:
         return "\n".join(lines)
 
 
-def data_stats(spec: str | Sequence[str], tokenizer: TokenizerConfig | None = None) -> Stats:
+def data_stats(
+    spec: str | Sequence[str], tokenizer: TokenizerConfig | None = None, *, source: SourceConfig | None = None
+) -> Stats:
     """Count what some shards hold.
 
     Args:
         spec: see `mmd2v.data.shards.expand_shards`.
         tokenizer: also count tokens; its ``append_end`` is taken as true where it has an end token.
+        source: how shards that are no local files are fetched; none: the defaults.
 
     Raises:
         UserError: no such shards, or no such tokenizer. Damage inside is counted.
     """
     # Whether it has an end token is known only once it is open.
     opened = None if tokenizer is None else load_tokenizer(tokenizer.model_copy(update={"append_end": False}))
-    shards = ShardSet(spec)
-    stats = Stats(shards=len(shards.paths), max_length=None if opened is None else opened.max_length)
+    stats = Stats(max_length=None if opened is None else opened.max_length)
+    shards = _open(spec, source, stats)
     try:
         with Progress("counting", len(shards), unit="samples") as progress:
             for shard, count in enumerate(shards.counts.tolist()):
@@ -162,6 +166,29 @@ def data_stats(spec: str | Sequence[str], tokenizer: TokenizerConfig | None = No
     finally:
         shards.close()
     return stats
+
+
+def _open(spec: str | Sequence[str], source: SourceConfig | None, stats: Stats) -> ShardSet:
+    """Open the shards whose samples can be counted; the others are counted as damaged."""
+    try:
+        shards = ShardSet(spec, source=source)
+    except Damage:
+        # Without a manifest the set opens its shards to count them, and one that is damaged is the end of all.
+        good: list[str] = []
+        paths = expand_shards(spec, Places(source if source is not None else SourceConfig()))
+        for path in paths:
+            try:
+                ShardSet([path], source=source).close()
+            except Damage as damage:
+                stats.damaged[damage.kind.value] += 1
+            else:
+                good.append(path)
+        if not good:
+            raise
+        stats.shards = len(paths)
+        return ShardSet(good, source=source)
+    stats.shards = len(shards.paths)
+    return shards
 
 
 def _count_shard(

@@ -98,6 +98,20 @@ def test_a_shard_that_is_damaged_as_a_whole(tmp_path):
     assert stats.images == 3 and stats.damaged == {"shard_truncated": 1}
 
 
+@pytest.mark.parametrize("harm", ["cut", "no tar"])
+def test_a_damaged_shard_without_manifest(tmp_path, harm):
+    shards = make_shards(tmp_path / "s", 9, 3)
+    for path in [*shards.glob("*.idx"), shards / "shards.json"]:
+        path.unlink()
+    path = shards / "shard-000001.tar"
+    path.write_bytes(path.read_bytes()[:2000] if harm == "cut" else b"x" * 5000)
+    stats = data_stats(str(shards))
+    assert (stats.shards, stats.images) == (3, 6)
+    assert stats.damaged == {"shard_truncated" if harm == "cut" else "shard_unreadable": 1}
+    with pytest.raises(UserError, match=r"shard-000001\.tar"):
+        data_stats(str(path))
+
+
 def test_texts(tmp_path):
     (tmp_path / "a.txt").write_text("One two three.\n\n" * 50)
     pack(tmp_path / "a.txt", tmp_path / "out", passage_words=7)

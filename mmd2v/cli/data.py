@@ -135,10 +135,10 @@ class Check:
         report = check_shards(self.shards)
         for problem in report.problems[: self.show]:
             print(problem)
-        if len(report.problems) > self.show:
-            print(f"… and {len(report.problems) - self.show:,} more")
+        if report.problem_count > (shown := len(report.problems[: self.show])):
+            print(f"… and {report.problem_count - shown:,} more")
         print(report)
-        return 1 if report.problems else 0
+        return 1 if report.problem_count else 0
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from mmd2v.data.addresses import display, is_remote
 from mmd2v.data.draws import words
 from mmd2v.data.image_header import check_pixels
 from mmd2v.data.packing import MAX_PIXELS, ordered_map
@@ -19,6 +20,9 @@ from mmd2v.data.shards import INDEX_SUFFIX, MANIFEST_NAME, ManifestEntry, ShardI
 from mmd2v.data.transforms import decode_image
 from mmd2v.errors import UserError
 from mmd2v.progress import Progress
+
+MOST_PROBLEMS = 1000
+"""Problems whose text is kept: a set may have one a sample."""
 
 
 @dataclass
@@ -35,8 +39,15 @@ class CheckReport:
     fewest_captions: int = 0
     most_captions: int = 0
     bytes: int = 0
+    problem_count: int = 0
     problems: list[str] = field(default_factory=list)
-    """One line each, naming shard and sample."""
+    """The first `MOST_PROBLEMS` of them, one line each, naming shard and sample."""
+
+    def problem(self, message: str) -> None:
+        """Note what is wrong."""
+        self.problem_count += 1
+        if len(self.problems) < MOST_PROBLEMS:
+            self.problems.append(message)
 
     def __str__(self) -> str:
         samples = f"{self.texts:,} texts without image" if self.texts else f"{self.images:,} readable images"
@@ -45,7 +56,7 @@ class CheckReport:
         return (
             f"{self.shards:,} shards, {samples}, {self.captions:,} captions "
             f"({self.fewest_captions} to {self.most_captions} {each}), {self.bytes / 1e6:,.1f} MB{checksums}, "
-            f"{len(self.problems):,} problems"
+            f"{self.problem_count:,} problems"
         )
 
 
@@ -59,7 +70,9 @@ def check_shards(spec: str | Sequence[str], workers: int | None = None) -> Check
     Raises:
         UserError: no such shards. Damage inside is reported, not raised.
     """
+    _refuse_addresses([spec] if isinstance(spec, str) else spec)
     paths = expand_shards(spec)
+    _refuse_addresses(paths)  # those that a list names
     report = CheckReport(shards=len(paths))
     manifests = {folder: _read_manifest(folder, report) for folder in sorted({os.path.dirname(path) for path in paths})}
     imageless = _Imageless(report)
@@ -75,6 +88,16 @@ def check_shards(spec: str | Sequence[str], workers: int | None = None) -> Check
     return report
 
 
+def _refuse_addresses(items: Sequence[str]) -> None:
+    for item in items:
+        if is_remote(item):
+            raise UserError(
+                f"shards: {display(item)} is no local file, expected local ones: a check reads every byte, with the "
+                "index and the manifest beside the shard. Copy the whole folder here first; `mmd2v data stats` reads "
+                "addresses and counts what is damaged"
+            )
+
+
 class _Imageless:
     """Samples without image: counted as long as no sample has one, problems from then on."""
 
@@ -85,7 +108,7 @@ class _Imageless:
     def found(self, message: str) -> None:
         """Note a sample without image that is right otherwise."""
         if self._report.images:
-            self._report.problems.append(message)
+            self._report.problem(message)
             return
         self._first = self._first or message
         self._report.texts += 1
@@ -94,16 +117,22 @@ class _Imageless:
         """Note a sample with an image: those before it are no text set then."""
         if self._report.texts:
             more = f", as have {self._report.texts - 1:,} more before the first image" if self._report.texts > 1 else ""
-            self._report.problems.append(f"{self._first}{more}; expected an image everywhere or nowhere")
+            self._report.problem(f"{self._first}{more}; expected an image everywhere or nowhere")
             self._report.texts = 0
         self._report.images += 1
 
 
 def _check_sum(path: str, entry: ManifestEntry, report: CheckReport) -> None:
-    """Compare a shard with the checksum of its manifest, if that has one."""
-    if entry.sha256 is None:
-        return
+    """Compare a shard with the checksum of its manifest, or with its size where that has none."""
     try:
+        size = os.path.getsize(path)
+        if entry.sha256 is None:
+            if size != entry.bytes:
+                report.problem(
+                    f"{path}: found {size:,} bytes, expected {entry.bytes:,} by the {MANIFEST_NAME} beside it: "
+                    "the shard is incomplete or was replaced"
+                )
+            return
         with open(path, "rb") as handle:
             found = hashlib.file_digest(handle, "sha256").hexdigest()
     except OSError:
@@ -111,7 +140,7 @@ def _check_sum(path: str, entry: ManifestEntry, report: CheckReport) -> None:
     if found == entry.sha256:
         report.checksums += 1
         return
-    report.problems.append(
+    report.problem(
         f"{path}: found SHA-256 {found[:16]}…, expected {entry.sha256[:16]}… by the {MANIFEST_NAME} beside it: "
         "the shard is damaged or was replaced"
     )
@@ -123,10 +152,10 @@ def _check_shard(path: str, report: CheckReport, imageless: _Imageless, workers:
         index = ShardIndex.scan(path)
         handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     except OSError as error:
-        report.problems.append(f"{path}: cannot be read: {error.strerror}")
+        report.problem(f"{path}: cannot be read: {error.strerror}")
         return np.zeros(0, np.uint64)
     except UserError as error:
-        report.problems.append(str(error))
+        report.problem(str(error))
         return np.zeros(0, np.uint64)
     report.bytes += index.size
     _check_index_file(index, report)
@@ -151,7 +180,7 @@ def _check_shard(path: str, report: CheckReport, imageless: _Imageless, workers:
             ids[row] = words(1, sample_id)[0]
             progress.advance()
             if problem is not None:
-                report.problems.append(problem)
+                report.problem(problem)
                 continue
             if has_image[row]:
                 imageless.image()
@@ -171,17 +200,17 @@ def _check_index_file(index: ShardIndex, report: CheckReport) -> None:
     try:
         stored = ShardIndex.open(index.path)
     except UserError as error:
-        report.problems.append(str(error))
+        report.problem(str(error))
         return
     if stored.keys != index.keys or not np.array_equal(stored.spans, index.spans):
-        report.problems.append(f"{index.path}{INDEX_SUFFIX}: does not describe the shard beside it; delete it")
+        report.problem(f"{index.path}{INDEX_SUFFIX}: does not describe the shard beside it; delete it")
 
 
 def _read_manifest(folder: str, report: CheckReport) -> dict[str, ManifestEntry]:
     try:
         return read_manifest(folder)
     except UserError as error:
-        report.problems.append(str(error))
+        report.problem(str(error))
         return {}
 
 
@@ -197,9 +226,9 @@ def _check_manifests(
         for name, entry in manifest.items():
             path = os.path.join(folder, name)
             if not os.path.exists(path):
-                report.problems.append(f"{where}: lists {name}, which is not there")
+                report.problem(f"{where}: lists {name}, which is not there")
             elif path in found and found[path] != entry.samples:
-                report.problems.append(f"{where}: lists {entry.samples:,} samples in {name}, found {found[path]:,}")
+                report.problem(f"{where}: lists {entry.samples:,} samples in {name}, found {found[path]:,}")
 
 
 def _check_duplicates(paths: list[str], hashes: list[np.ndarray], report: CheckReport) -> None:
@@ -209,10 +238,16 @@ def _check_duplicates(paths: list[str], hashes: list[np.ndarray], report: CheckR
     repeats = np.flatnonzero(ids[order][1:] == ids[order][:-1]) + 1
     ends = np.cumsum([len(part) for part in hashes])
 
-    def where(position: int) -> str:
+    # Each shard is scanned once for the names of all its duplicates, of which it needs the keys alone.
+    second = repeats[: max(0, MOST_PROBLEMS - len(report.problems))]
+    wanted = sorted({*order[second].tolist(), *order[second - 1].tolist()})
+    names: dict[int, str] = {}
+    index: ShardIndex | None = None
+    for position in wanted:
         shard = int(np.searchsorted(ends, position, side="right"))
-        row = int(position - ends[shard] + len(hashes[shard]))
-        return ShardIndex.scan(paths[shard]).where(row)
-
-    for place in repeats.tolist():
-        report.problems.append(f"{where(int(order[place]))}: duplicate id, also of {where(int(order[place - 1]))}")
+        if index is None or index.path != paths[shard]:
+            index = ShardIndex.scan(paths[shard])
+        names[position] = index.where(int(position - ends[shard] + len(hashes[shard])))
+    for place in second.tolist():
+        report.problem(f"{names[int(order[place])]}: duplicate id, also of {names[int(order[place - 1])]}")
+    report.problem_count += len(repeats) - len(second)

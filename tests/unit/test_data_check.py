@@ -51,6 +51,27 @@ def test_duplicate_ids_over_shards(shards, tmp_path):
     assert "shard-000002.tar: sample sample-0010" in problems[0]
 
 
+def test_many_duplicates_are_counted_and_cost_one_scan_a_shard(shards, tmp_path, monkeypatch):
+    shutil.copytree(shards, tmp_path / "copy")
+    scanned = []
+    original = ShardIndex.scan.__func__
+    scan = classmethod(lambda kind, path, **options: scanned.append(path) or original(kind, path, **options))
+    monkeypatch.setattr(ShardIndex, "scan", scan)
+    monkeypatch.setattr("mmd2v.data.check.MOST_PROBLEMS", 10)
+    report = check_shards([str(shards), str(tmp_path / "copy")])
+    assert report.problem_count == 12 and len(report.problems) == 10 and "12 problems" in str(report)
+    assert all(": duplicate id, also of " in problem for problem in report.problems)
+    assert len(scanned) <= 2 * 6  # to check each, and once more for the names
+
+
+def test_addresses_are_refused(shards, tmp_path):
+    (tmp_path / "list.txt").write_text("https://user:word@host/a.tar?key=1\n")
+    for spec in ("https://user:word@host/a.tar?key=1", str(tmp_path / "list.txt"), [str(shards), "pipe:cat x"]):
+        with pytest.raises(UserError, match=r"is no local file.* Copy the whole folder here") as caught:
+            check_shards(spec)
+        assert "word" not in str(caught.value) and "key" not in str(caught.value)
+
+
 def test_damaged_and_replaced_shards(shards):
     path = shards / "shard-000001.tar"
     path.write_bytes(path.read_bytes()[:5000])
@@ -94,6 +115,10 @@ def test_manifests_without_checksums(shards):
     write_json(manifest, record)
     report = check_shards(str(shards))
     assert report.problems == [] and report.checksums == 0 and "checksums" not in str(report)
+    record["shards"]["shard-000000.tar"][1] += 1
+    write_json(manifest, record)
+    (problem,) = check_shards(str(shards)).problems
+    assert "shard-000000.tar: found " in problem and "by the shards.json beside it" in problem
     record["shards"]["shard-000000.tar"] = [5, 1, 7]
     write_json(manifest, record)
     assert any("not a shard manifest of this version" in problem for problem in check_shards(str(shards)).problems)

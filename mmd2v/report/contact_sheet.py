@@ -15,6 +15,8 @@ from pathlib import Path
 from PIL import Image, ImageDraw
 
 from mmd2v.data.damage import Damage
+from mmd2v.data.image_header import check_pixels
+from mmd2v.data.packing import MAX_PIXELS
 from mmd2v.data.pillow import upright_rgb
 from mmd2v.data.shards import ShardSet
 from mmd2v.files import atomic_path
@@ -61,12 +63,29 @@ def _cell(shards: ShardSet, shard: int, row: int) -> Cell:
         index = shards.index(shard)
         name = index.keys[row]
         sample = shards.read(shard, row, images=bool(index.spans[row, 0, 0] >= 0))
-        image = None if sample.image is None else upright_rgb(Image.open(io.BytesIO(sample.image)))
+        image = None
+        if sample.image is not None:
+            check_pixels(sample.image, MAX_PIXELS, sample.where)
+            image = _shrunk(upright_rgb(Image.open(io.BytesIO(sample.image))))
     except Damage as damage:
         return Cell(name, None, f"{damage.kind}: {damage}", bad=True)
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:  # Pillow's, of a bad image
         return Cell(name, None, f"the image does not decode: {error}", bad=True)
     return Cell(sample.id, image, sample.captions[0], len(sample.captions) - 1)
+
+
+def _shrunk(image: Image.Image) -> Image.Image:
+    """An image no larger than its place on the sheet: a sheet may have thousands."""
+    scale = _scale(image)
+    return image if scale >= 1 else image.resize(_size(image, scale), Image.Resampling.LANCZOS)
+
+
+def _scale(image: Image.Image) -> float:
+    return min(_TILE * _SCALE / image.width, _TILE_HEIGHT * _SCALE / image.height)
+
+
+def _size(image: Image.Image, scale: float) -> tuple[int, int]:
+    return max(1, round(image.width * scale)), max(1, round(image.height * scale))
 
 
 def draw_sheet(cells: Sequence[Cell], title: str) -> Image.Image:
@@ -126,8 +145,8 @@ def _draw_cell(page: Image.Image, pen: ImageDraw.ImageDraw, cell: Cell, left: in
 def _paste(page: Image.Image, image: Image.Image, left: int, top: int) -> None:
     """Put the whole image, its aspect kept, into the middle of its place."""
     width, height = _TILE * _SCALE, _TILE_HEIGHT * _SCALE
-    scale = min(width / image.width, height / image.height)
-    size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
+    scale = _scale(image)
+    size = _size(image, scale)
     # Small images are enlarged without blur, so that their pixels stay honest.
     method = Image.Resampling.NEAREST if scale >= 4 else Image.Resampling.LANCZOS
     at = (left * _SCALE + (width - size[0]) // 2, top * _SCALE + (height - size[1]) // 2)

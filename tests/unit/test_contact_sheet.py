@@ -76,6 +76,20 @@ def test_texts(tmp_path):
     assert all(cell.image is None and cell.text.startswith("Text ") and not cell.bad for cell in cells)
 
 
+def test_images_are_kept_as_large_as_they_are_drawn(tmp_path, monkeypatch):
+    members = [
+        ("a.jpg", encoded(0, width=1600, height=300)),
+        ("a.txt", b"wide"),
+        ("b.jpg", encoded(1)),
+        ("b.txt", b"x"),
+    ]
+    shards = ShardSet(str(write_tar(tmp_path / "x.tar", members)))
+    assert [cell.image.size for cell in draw_samples(shards, 2, 0)] == [(400, 75), (48, 40)]
+    monkeypatch.setattr("mmd2v.report.contact_sheet.MAX_PIXELS", 100_000)
+    wide, small = draw_samples(shards, 2, 0)
+    assert wide.bad and wide.image is None and wide.text.startswith("image_too_large") and not small.bad
+
+
 def test_lines():
     letters = font(20)
     lines = wrap("one two three four five six seven", letters, 100)

@@ -11,17 +11,37 @@ from typing import Annotated, Literal
 import tyro
 from tyro.conf import Positional, arg
 
-from mmd2v.config.load import split_overrides
+from mmd2v.config.load import load_config, split_overrides
+from mmd2v.config.schema import SourceConfig
+from mmd2v.data.addresses import display
 from mmd2v.data.sources import FORMATS, Format
 from mmd2v.data.tokenizers import VocabularyKind
 from mmd2v.errors import UserError
 
 TokenizerKind = Literal["hf", "sentencepiece", "fairseq_gpt2"]
-_SHARDS_HELP = "A folder of .tar files, a path with {000..007} braces or wildcards; one or more."
+_SHARDS_HELP = (
+    "A folder of .tar files; a path with {000..007} braces or wildcards; an address (https://, s3://, any of fsspec's) "
+    "of a folder or shards; pipe:COMMAND; a .txt list of these or a shards.json; one or more."
+)
+
+_LOCAL_HELP = "A folder of .tar files; a path with {000..007} braces or wildcards; a .txt list of these; one or more."
 
 _FORMAT_HELP = "; ".join(
     ["Format of SOURCE; auto looks at it", *(f"{name}: {kind.summary}" for name, kind in FORMATS.items())]
 )
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Sourced:
+    """What every command has that reads shards from wherever they are."""
+
+    config: Annotated[Path | None, arg(metavar="CONFIG.yaml")] = None
+    """Config of a run whose data.source says how addresses are fetched (cache, access, storage options)."""
+
+    @property
+    def source(self) -> SourceConfig | None:
+        """How shards that are no local files are fetched; None: the defaults. Raises UserError: no such config."""
+        return None if self.config is None else load_config(self.config).data.source
 
 
 @dataclass(frozen=True)
@@ -124,7 +144,7 @@ class Synth:
 class Check:
     """Read and decode everything in some shards; exit status 1 when something is wrong."""
 
-    shards: Annotated[Positional[tuple[str, ...]], arg(metavar="SHARDS ...", help=_SHARDS_HELP)]
+    shards: Annotated[Positional[tuple[str, ...]], arg(metavar="SHARDS ...", help=_LOCAL_HELP)]
     show: int = 20
     """Problems to print."""
 
@@ -142,7 +162,7 @@ class Check:
 
 
 @dataclass(frozen=True)
-class Stats:
+class Stats(_Sourced):
     """Count images, captions, sizes and lengths; images are not decoded. Damage is counted, not an error."""
 
     shards: Annotated[Positional[tuple[str, ...]], arg(metavar="SHARDS ...", help=_SHARDS_HELP)]
@@ -173,7 +193,7 @@ class Stats:
         settings = None
         if self.tokenizer is not None:
             settings = TokenizerConfig(kind=self.kind, path=str(self.tokenizer), max_length=self.max_length)
-        stats = data_stats(self.shards, settings)
+        stats = data_stats(self.shards, settings, source=self.source)
         print(stats)
         if self.json is not None:
             write_json(self.json, stats.to_json())
@@ -183,7 +203,7 @@ class Stats:
 
 
 @dataclass(frozen=True)
-class Show:
+class Show(_Sourced):
     """Draw a contact sheet: some images, or texts, with their first captions. The same seed draws the same ones."""
 
     shards: Annotated[Positional[tuple[str, ...]], arg(metavar="SHARDS ...", help=_SHARDS_HELP)]
@@ -203,7 +223,7 @@ class Show:
         if self.count < 1:
             raise UserError(f"--count: found {self.count}, expected at least 1")
         check_picture("--out", self.out)
-        shards = ShardSet(self.shards, tolerant=True)
+        shards = ShardSet(self.shards, source=self.source, tolerant=True)
         cells = draw_samples(shards, self.count, self.seed)
         shown = f"{len(cells):,} of {len(shards):,} samples"
         write_sheet(self.out, cells, f"{_title(self.shards)}: {shown}")
@@ -213,12 +233,12 @@ class Show:
 
 def _title(shards: Sequence[str]) -> str:
     """What a picture calls some shards: where they are, short."""
-    first = "/".join(Path(shards[0]).parts[-2:])
+    first = "/".join(Path(display(shards[0])).parts[-2:])
     return first if len(shards) == 1 else f"{first} and {len(shards) - 1} more"
 
 
 @dataclass(frozen=True)
-class Tokenizer:
+class Tokenizer(_Sourced):
     """Learn a vocabulary from the captions of some shards and write a Hugging Face tokenizer.json."""
 
     shards: Annotated[Positional[tuple[str, ...]], arg(metavar="SHARDS ...", help=_SHARDS_HELP)]
@@ -237,7 +257,7 @@ class Tokenizer:
         from mmd2v.progress import track
 
         check_output("--out", self.out, new=True)
-        shards = ShardSet(self.shards)
+        shards = ShardSet(self.shards, source=self.source)
         captions = (text for texts in track(shards.captions(), "reading", len(shards), unit="images") for text in texts)
         tokenizer = train_tokenizer(captions, self.kind, self.vocab_size)
         write_text(self.out, tokenizer.to_str(pretty=True))
@@ -246,7 +266,7 @@ class Tokenizer:
 
 
 @dataclass(frozen=True)
-class Lengths:
+class Lengths(_Sourced):
     """Count the tokens of every text, which training in batches of tokens (data.batch_tokens) needs; resumable.
 
     Writes a small file a shard, NAME.tar.FINGERPRINT.lengths, that belongs to this tokenizer. Counts are without
@@ -276,7 +296,7 @@ class Lengths:
         settings = TokenizerConfig(
             kind=self.kind, path=str(self.tokenizer), max_length=self.max_length, append_end=False
         )
-        print(write_lengths(self.shards, settings, out=self.out, workers=self.workers))
+        print(write_lengths(self.shards, settings, out=self.out, workers=self.workers, source=self.source))
         return 0
 
 
@@ -314,7 +334,6 @@ class Annotate:
 
     def run(self) -> int:
         """Store the outputs and print what was written."""
-        from mmd2v.config.load import load_config
         from mmd2v.distributed.environment import shutdown
         from mmd2v.errors import told_once_a_node
 
@@ -344,7 +363,7 @@ _ANNOTATE_FLAGS = {
 
 
 @dataclass(frozen=True)
-class Bench:
+class Bench(_Sourced):
     """Measure how fast some shards load on this machine, stage by stage, and what limits."""
 
     shards: Annotated[Positional[tuple[str, ...]], arg(metavar="SHARDS ...", help=_SHARDS_HELP)]
@@ -370,6 +389,7 @@ class Bench:
             workers=self.workers,
             seconds=self.seconds,
             tokenizer=self.tokenizer,
+            source=self.source,
         )
         print(report)
         return 0

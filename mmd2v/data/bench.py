@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from mmd2v.config.schema import DataConfig, ImageTransformConfig, TokenizerConfig
+from mmd2v.config.schema import DataConfig, ImageTransformConfig, SourceConfig, TokenizerConfig
 from mmd2v.data.cursor import Cursor
 from mmd2v.data.damage import Damage
 from mmd2v.data.shards import ShardSet
@@ -62,11 +62,16 @@ class Stages:
     """The loader's work on one data set, cut into stages that are timed one by one, in the order of training."""
 
     def __init__(
-        self, shards: str | Sequence[str], image: ImageTransformConfig, tokenizer: Tokenizer | None, window: int = 16
+        self,
+        shards: str | Sequence[str],
+        image: ImageTransformConfig,
+        tokenizer: Tokenizer | None,
+        window: int = 16,
+        source: SourceConfig | None = None,
     ) -> None:
         """Open the shards; ``window`` is how many of them are shuffled together."""
         self.image, self.tokenizer = image, tokenizer
-        self.shards = ShardSet(shards, cache=2 * window)
+        self.shards = ShardSet(shards, cache=2 * window, source=source)
         self._cursor = Cursor(self.shards.counts, seed=_SEED, window=window)
         self._next = 0
 
@@ -179,6 +184,7 @@ def bench(
     workers: int = 1,
     seconds: float = 10.0,
     tokenizer: str | Path | None = None,
+    source: SourceConfig | None = None,
 ) -> BenchReport:
     """Measure the stages for about half of ``seconds`` and the loader for the other half.
 
@@ -189,6 +195,7 @@ def bench(
         workers: loader processes.
         seconds: of measurement, without the start of the processes.
         tokenizer: file or folder; its kind is told by its name. None: no text.
+        source: how shards that are no local files are fetched; none: the defaults.
 
     Raises:
         UserError: a value out of range, or anything wrong with shards or tokenizer.
@@ -205,15 +212,19 @@ def bench(
             "image": {"size": size},
             "tokenizer": None if text is None else text.model_dump(),
             "workers": workers,
+            "source": (source if source is not None else SourceConfig()).model_dump(),
         }
     )
     loaded = None if text is None else load_tokenizer(text)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # as in a loader process
     try:
-        stages = Stages(list(shards), config.image, loaded, config.shuffle_shards)
-        stages.run(0, batch)  # imports, first pages of the files
-        times = stages.run(seconds / 2, batch)
+        stages = Stages(list(shards), config.image, loaded, config.shuffle_shards, config.source)
+        try:
+            stages.run(0, batch)  # imports, first pages of the files
+            times = stages.run(seconds / 2, batch)
+        finally:
+            stages.shards.close()
         taken, first, samples = time_loader(config, loaded, batch=batch, seconds=seconds / 2)
     finally:
         torch.set_num_threads(threads)

@@ -1,13 +1,16 @@
 """The `mmd2v data` commands as a person types them."""
 
 import json
+import shutil
 import subprocess
 import sys
 
 import pytest
 import torch
+from small import small_config
 
-from mmd2v.cli.data import main
+from mmd2v.cli.data import _title, main
+from mmd2v.config.load import dump_config
 from mmd2v.config.schema import DataConfig
 from mmd2v.data.stream import train_loader
 from mmd2v.data.tokenizers import load_tokenizer
@@ -110,3 +113,26 @@ def test_bad_flags(tmp_path, command, message):
     with pytest.raises(UserError) as caught:
         main([str(tmp_path / "w") if part == "X" else part for part in command])
     assert message in str(caught.value)
+
+
+def test_how_addresses_are_fetched_comes_from_a_config(tmp_path, capsys):
+    main(["synth", "--out", str(tmp_path / "w"), "--count", "6", "--size", "16"])
+    config = small_config(data__source={"cache_dir": str(tmp_path / "cache"), "retries": 0})
+    (tmp_path / "c.yaml").write_text(dump_config(config))
+    fetched = ["file://" + str(tmp_path / "w/shard-000000.tar"), "--config", str(tmp_path / "c.yaml")]
+    for command in (
+        ["stats", *fetched],
+        ["show", *fetched, "--out", str(tmp_path / "s.png")],
+        ["tokenizer", *fetched, "--out", str(tmp_path / "t.json")],
+        ["lengths", *fetched, "--tokenizer", str(tmp_path / "t.json"), "--out", str(tmp_path / "l"), "--workers", "1"],
+        ["bench", *fetched, "--size", "16", "--batch", "2", "--seconds", "0.1", "--workers", "0"],
+    ):
+        shutil.rmtree(tmp_path / "cache", ignore_errors=True)
+        assert main(command) == 0
+        assert any((tmp_path / "cache").rglob("*")), command
+    assert "6 images" in capsys.readouterr().out
+
+
+def test_titles_have_no_secrets():
+    title = _title(["https://user:word@host/set/a.tar?key=abc", "b"])
+    assert title == "set/a.tar?… and 1 more"

@@ -178,6 +178,8 @@ class ShardIndex:
             if spans["dtype"] != "I64" or spans["shape"][1:] != [3, 2]:
                 raise ValueError("another version")
             spans_R32 = np.frombuffer(spans["data"], np.int64).reshape(spans["shape"])
+            if size < 0 or (spans_R32 < [-1, 0]).any():
+                raise ValueError("negative offsets or sizes")
             keys = Keys(bytes(blob), len(spans_R32))
         except (safetensors.SafetensorError, KeyError, ValueError, TypeError):
             raise Damage(
@@ -214,10 +216,13 @@ class ShardIndex:
         try:
             with tarfile.open(path, "r:") as tar:
                 while (member := tar.next()) is not None:
+                    if member.size < 0:
+                        raise tarfile.ReadError(f"found a member of {member.size:,} bytes")
                     end = member.offset_data + -(-member.size // _BLOCK) * _BLOCK
                     # tarfile keeps every header it has seen; a shard may hold a hundred thousand.
                     tar.members = []  # type: ignore[attr-defined]
-                    key, column = _split_name(member.name)
+                    # A zero byte ends a name, as it does in a header without extensions.
+                    key, column = _split_name(member.name.partition("\0")[0])
                     if not member.isfile() or column is None:
                         continue
                     if not keys or keys[-1] != key or spans[-1][column][0] >= 0:

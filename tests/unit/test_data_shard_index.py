@@ -2,6 +2,7 @@
 
 import json
 import os
+import tarfile
 import time
 import tracemalloc
 
@@ -143,6 +144,39 @@ def test_garbage_inside_a_tar(shards):
     data = ShardSet(str(shards), tolerant=True)
     found = kinds(data.read_many([(1, row) for row in range(10)]))
     assert found == [f"sample-001{row}" for row in range(4)] + [DamageKind.SHARD_TRUNCATED] * 6
+
+
+def test_a_member_of_a_negative_size(tmp_path):
+    path = write_tar(tmp_path / "a.tar", [(f"{n}.{kind}", b"text") for n in range(3) for kind in ("jpg", "txt")])
+    header = tarfile.TarInfo("2.jpg")
+    header.size = -512
+    block = bytearray(path.read_bytes())
+    block[4 * 1024 : 4 * 1024 + 512] = header.tobuf(tarfile.GNU_FORMAT)
+    path.write_bytes(block)
+    with pytest.raises(Damage, match="after sample 1: found a member of -512 bytes"):
+        ShardIndex.scan(str(path))
+    assert list(ShardIndex.scan(str(path), tolerant=True).keys) == ["0", "1"]
+
+
+def test_a_name_with_a_zero_byte(tmp_path):
+    path = tmp_path / "a.tar"
+    with tarfile.open(path, "w", format=tarfile.PAX_FORMAT) as tar:
+        for name in ("a.txt", "b.txt"):
+            info = tarfile.TarInfo(name)
+            info.pax_headers = {"path": f"{name}\0.jpg"}
+            tar.addfile(info)
+    assert list(ShardIndex.scan(str(path)).keys) == ["a", "b"]
+
+
+@pytest.mark.parametrize("span", [[-2, 0], [0, -1], [-1, -1], [-(2**62), 5]])
+def test_an_index_with_negative_numbers(shards, span):
+    path = str(shards / SHARD)
+    index = ShardIndex.open(path)
+    index.spans = index.spans.copy()
+    index.spans[3, 0] = span
+    index.write()
+    with pytest.raises(Damage, match="not a shard index of this version"):
+        ShardIndex.open(path)
 
 
 def test_a_missing_shard(shards):

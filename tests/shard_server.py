@@ -20,6 +20,7 @@ class ShardServer:
             second), "garble" (one byte is another), "whole" (a range is ignored) or "ok".
         always: file name → what happens to every request.
         requests: file name → bytes of the body of each answer.
+        etags: file name → ETag.
         lists: whether a folder is answered with links to its files.
     """
 
@@ -28,6 +29,7 @@ class ShardServer:
         self.faults: dict[str, list[object]] = defaultdict(list)
         self.always: dict[str, object] = {}
         self.requests: dict[str, list[int]] = defaultdict(list)
+        self.etags: dict[str, str] = {}
         self.lists = False
         self.stopped = threading.Event()
 
@@ -94,6 +96,8 @@ class ShardServer:
         else:
             request.send_response(200)
         request.send_header("Content-Length", str(len(data)))
+        if base in self.etags:
+            request.send_header("ETag", self.etags[base])
         request.end_headers()
         if not body:
             return

@@ -7,15 +7,19 @@ from __future__ import annotations
 
 import glob
 import os
+import re
 from collections.abc import Sequence
 from typing import Literal, Protocol
-from urllib.parse import urlsplit
 
 import braceexpand
 
 from mmd2v.errors import UserError, nearest
 
 PIPE = "pipe:"
+_CONTAINER_FIRST = ("abfs", "abfss")  # CONTAINER@ACCOUNT: no user
+_LOCAL = ("file", "local", "git", "pipe")  # protocols that read this machine's files, or run commands
+_URL = re.compile(r"[A-Za-z][\w+.-]*://[^\s'\"<>]+")
+_TAR_NAME = re.compile(r"[\w.{}-]+\.(tar|tgz)(\.\w+)?")
 _COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
 
 
@@ -41,18 +45,51 @@ def is_remote(address: str) -> bool:
 
 
 def display(address: str) -> str:
-    """Write an address without the secrets it may hold: user, password and the query of a signed link."""
+    """Write an address without the secrets it may hold: user, password and the query of a signed link.
+
+    Of a command, its program and the shard it names: any other argument may be a token.
+    """
+    if address.startswith(PIPE):
+        return PIPE + display_command(address.removeprefix(PIPE).split())
     plain = without_secrets(address)
-    return plain + ("?…" if plain != address and urlsplit(address).query else "")
+    return plain + ("?…" if plain != address and "?" in address else "")
+
+
+def display_command(words: Sequence[str]) -> str:
+    """The program and the last word that is the name of a tar, without its folder."""
+    names = [without_secrets(word.strip("'\"")).rpartition("/")[2] for word in words[1:]]
+    tars = [name for name in names if _TAR_NAME.fullmatch(name)]
+    return " … ".join([*words[:1], *tars[-1:]]) if tars or len(words) < 2 else f"{words[0]} …"
+
+
+def redacted(text: str) -> str:
+    """Show the addresses inside a message as `display` does."""
+    return _URL.sub(lambda match: display(match[0]), text)
 
 
 def without_secrets(address: str) -> str:
-    """An address without user, password and query: the same however often a link is signed anew."""
-    if not address.startswith(("http://", "https://")):
+    """An address without user, password and query: the same however often a link is signed anew.
+
+    Commands and local paths stay as they are.
+    """
+    if address.startswith(PIPE) or "://" not in address:
         return address
-    parts = urlsplit(address)
-    host = parts.netloc.rpartition("@")[2]
-    return f"{parts.scheme}://{host}{parts.path}"
+    return "::".join(map(_bare, address.split("::")))
+
+
+def _bare(part: str) -> str:
+    """One link of a chain of addresses (``zip://FILE::https://…``) without its secrets."""
+    scheme, mark, rest = part.partition("://")
+    if not mark:
+        return part
+    rest = rest.partition("?")[0]
+    if scheme in ("http", "https"):
+        rest = rest.partition("#")[0]
+    host, slash, path = rest.partition("/")
+    user, _, server = host.rpartition("@")
+    if scheme in _CONTAINER_FIRST and ":" not in user:
+        server = host
+    return f"{scheme}://{server}{slash}{path}"
 
 
 def split_address(address: str) -> tuple[str, str, str]:
@@ -114,7 +151,7 @@ def expand_shards(spec: str | Sequence[str], listing: Listing | None = None, *, 
         seen: set[str] = set()
         for path in found:
             if path in seen:
-                raise UserError(f"shards: {display(path)} is named twice in {items}")
+                raise UserError(f"shards: {display(path)} is named twice in {[display(item) for item in items]}")
             seen.add(path)
     return found
 
@@ -176,8 +213,8 @@ def _braces(item: str) -> list[str]:
         return [item]
     try:
         return list(braceexpand.braceexpand(item))
-    except ValueError as error:
-        raise UserError(f"shards: unbalanced braces in {item!r}: {error}") from None
+    except ValueError:
+        raise UserError(f"shards: unbalanced braces in {display(item)!r}") from None
 
 
 def _expand_address(address: str, listing: Listing) -> list[str]:
@@ -221,24 +258,36 @@ def _read_list(path: str, listing: Listing) -> list[str]:
                 ".txt with a shard a line"
             )
         return sorted(join_address(folder + query, entry) for entry in names)
+    foreign = is_remote(path)
     shards: list[str] = []
-    for line in listing.text(path).splitlines():
+    for number, line in enumerate(listing.text(path).splitlines(), 1):
         # A comment starts a line or follows a blank: addresses may hold a #.
         entry = line.partition(" #")[0].strip()
         if not entry or entry.startswith("#"):
             continue
         for shard in _braces(entry):
+            if foreign and _reaches_this_machine(shard):
+                # Whoever can write the list must not run commands here, nor read this machine's files.
+                raise UserError(
+                    f"shards: {display(path)} line {number}: found '{display(shard)}', expected a name in the list's "
+                    "own folder or an address elsewhere: a list from an address may name no command and no local file"
+                )
+            if foreign:
+                shards.append(shard if is_remote(shard) else join_address(folder + query, shard))
+                continue
             local = os.path.expanduser(shard)
-            shards.append(
-                shard if is_remote(shard) else local if os.path.isabs(local) else _beside(folder, local, query)
-            )
+            shards.append(shard if is_remote(shard) else os.path.join(folder, local))
     if not shards:
         raise UserError(f"shards: {display(path)} names no shard")
     return shards
 
 
-def _beside(folder: str, name: str, query: str) -> str:
-    return join_address(folder + query, name)
+def _reaches_this_machine(entry: str) -> bool:
+    """Whether an entry of a list is a command, a local path, or an address that leads to a local file."""
+    if "::" not in entry and "://" not in entry:
+        return entry.startswith(("/", "~")) or entry.partition(":")[0].lower() in _LOCAL
+    *_, last = links = entry.split("::")
+    return "://" not in last or any(link.partition(":")[0].lower() in _LOCAL for link in links)
 
 
 def _nearest_path(path: str) -> str:

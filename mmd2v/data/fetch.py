@@ -16,9 +16,10 @@ from urllib.parse import urlsplit
 
 from mmd2v.config.schema import SourceConfig
 from mmd2v.config.secrets import check_address, check_options
-from mmd2v.data.addresses import PIPE, display
+from mmd2v.data.addresses import PIPE, display, redacted
 from mmd2v.data.damage import Damage, DamageKind
 from mmd2v.data.pipes import PipeFailed, run_pipe
+from mmd2v.data.shard_cache import NoRoom
 from mmd2v.errors import UserError, disk_message, nearest
 
 Result = TypeVar("Result")
@@ -77,11 +78,12 @@ def file_system(address: str, config: SourceConfig) -> tuple[Any, str]:
     except ImportError as error:
         package = _PACKAGES.get(protocol, protocol)
         raise UserError(
-            f"{display(address)}: {protocol}:// needs a package that is not installed: pip install {package} ({error})"
+            f"{display(address)}: {protocol}:// needs a package that is not installed: pip install {package} "
+            f"({redacted(str(error))})"
         ) from None
     except ValueError as error:
         if protocol in known_implementations:
-            raise UserError(f"{display(address)}: {error}") from None
+            raise UserError(f"{display(address)}: {redacted(str(error))}") from None
         raise UserError(
             f"{display(address)}: '{protocol}' is no protocol that fsspec knows."
             f"{nearest(protocol, [*known_implementations, 'pipe'])}"
@@ -89,7 +91,7 @@ def file_system(address: str, config: SourceConfig) -> tuple[Any, str]:
     except TypeError as error:
         raise UserError(
             f"data.source.storage_options: found {sorted(config.storage_options)}, which the file system of "
-            f"{protocol}:// does not take: {error}"
+            f"{protocol}:// does not take: {redacted(str(error))}"
         ) from None
 
 
@@ -136,14 +138,18 @@ def download(
                 raise _Abandoned
 
     abandoned = threading.Event()
-    system, path = file_system(address, config)
     tracker = Tracker()
+
+    def transfer() -> None:
+        system, path = file_system(address, config)
+        if not abandoned.is_set():
+            system.get_file(path, target, callback=tracker)
 
     def look() -> int:
         return max(_size(target), tracker.value)
 
     try:
-        _watched(lambda: system.get_file(path, target, callback=tracker), look, config.timeout, stop, grew)
+        _watched(transfer, look, config.timeout, stop, grew)
     except BaseException:
         abandoned.set()
         raise
@@ -157,12 +163,13 @@ def read_bytes(
 ) -> bytes:
     """Try once to read a whole small file, or the bytes ``start`` … ``end - 1`` of any file; raises as `download`.
 
-    The answer of a ``watched`` call that brings no progress on its way: all of it must come within the time-out.
+    Nothing tells how much of it has come so far: all of it must come within the time-out.
     """
-    system, path = file_system(address, config)
-    data = _watched(
-        lambda: system.cat_file(path, start=start, end=end), lambda: 0, config.timeout, stop, lambda _: None
-    )
+    try:
+        data = ask(address, config, stop, lambda system, path: system.cat_file(path, start=start, end=end))
+    except Stalled:
+        what = "it was" if start is None or end is None else f"bytes {start:,} to {end - 1:,} were"
+        raise Incomplete(f"{what} not complete within {config.timeout:g} s (data.source.timeout)") from None
     if start is not None and end is not None and len(data) != end - start:
         if len(data) > end - start:
             raise UserError(
@@ -171,6 +178,14 @@ def read_bytes(
             )
         raise Incomplete(f"found {len(data):,} bytes from byte {start:,} on, expected {end - start:,}")
     return data
+
+
+def ask(address: str, config: SourceConfig, stop: threading.Event, question: Callable[[Any, str], Result]) -> Result:
+    """Try once to get what ``question(file system, path)`` returns, within the time-out; raises as `download`.
+
+    Making a file system may connect to its server: that is a part of the attempt.
+    """
+    return _watched(lambda: question(*file_system(address, config)), lambda: 0, config.timeout, stop, lambda _: None)
 
 
 def read_if_there(address: str, config: SourceConfig, stop: threading.Event | None = None) -> bytes | None:
@@ -198,13 +213,14 @@ def retrying(attempt: Callable[[], Result], address: str, config: SourceConfig, 
     Raises:
         Damage: it failed for good; names the address, the attempts and the last error.
         UserError: as raised by ``attempt``; a setting must be changed.
+        NoRoom: as raised by ``attempt``; the place is fine, and there may be room later.
         Cancelled: ``stop`` was set.
     """
     tries = 0
     while True:
         try:
             return attempt()
-        except (UserError, Cancelled):
+        except (UserError, Cancelled, NoRoom):
             raise
         except Exception as error:
             tries += 1
@@ -230,8 +246,8 @@ def describe(error: BaseException, timeout: float) -> str:
     if isinstance(error, FileNotFoundError):
         return "there is no such file"
     if (status := _status(error)) is not None:
-        return f"the server answered {status} {getattr(error, 'message', '')}".rstrip()
-    text = " ".join(str(error).split())
+        return f"the server answered {status} {redacted(str(getattr(error, 'message', '')))}".rstrip()
+    text = redacted(" ".join(str(error).split()))
     if isinstance(error, (Incomplete, PipeFailed)):
         return text
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
@@ -286,6 +302,13 @@ def _follow(
             grew(now)
         elif time.monotonic() - since > timeout:
             raise Stalled
+
+
+def is_unreachable(error: BaseException | None) -> bool:
+    """Whether an exception of a file system tells of its server or the whole file, and not of one slow answer."""
+    if error is None or isinstance(error, TimeoutError):
+        return False
+    return isinstance(error, OSError) or _status(error) is not None
 
 
 def _size(path: str) -> int:

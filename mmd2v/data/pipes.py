@@ -11,10 +11,11 @@ import tempfile
 from collections.abc import Callable
 from typing import IO
 
-from mmd2v.data.addresses import PIPE
+from mmd2v.data.addresses import PIPE, display, display_command, redacted
 from mmd2v.errors import UserError
 
 _STDERR_TAIL = 500  # characters of a stage's stderr that a message shows
+_ROOM = 1 << 20  # bytes that the disk of the target must still have room for when a stage failed
 _SHELL_ONLY = {"&&", "||", ";", "&", ">", ">>", "<", "2>", "2>&1"}
 
 
@@ -31,17 +32,19 @@ def pipe_stages(address: str) -> list[list[str]]:
     try:
         words = shlex.split(address.removeprefix(PIPE))
     except ValueError as error:
-        raise UserError(f"{address}: {error}") from None
+        raise UserError(f"{display(address)}: {error}") from None
     stages: list[list[str]] = [[]]
     for word in words:
         if word == "|":
             stages.append([])
         elif word in _SHELL_ONLY:
-            raise UserError(f"{address}: found '{word}', but the command runs without a shell; only | chains commands")
+            raise UserError(
+                f"{display(address)}: found '{word}', but the command runs without a shell; only | chains commands"
+            )
         else:
             stages[-1].append(word)
     if not all(stages):
-        raise UserError(f"{address}: found an empty command, expected pipe:COMMAND, or pipe:COMMAND | COMMAND")
+        raise UserError(f"{display(address)}: found an empty command, expected pipe:COMMAND, or pipe:COMMAND | COMMAND")
     return stages
 
 
@@ -57,6 +60,7 @@ def run_pipe(address: str, target: str, follow: Callable[[Callable[[float], bool
     Raises:
         UserError: a program is missing or may not be run.
         PipeFailed: a stage failed; names it, with the end of its stderr.
+        OSError: ``target`` cannot be written, or its disk is full.
     """
     stages = pipe_stages(address)
     running: list[subprocess.Popen[bytes]] = []
@@ -73,9 +77,13 @@ def run_pipe(address: str, target: str, follow: Callable[[Callable[[float], bool
             for process in running:
                 process.wait()
             raise
-        for stage, process, complaint in zip(stages, running, complaints, strict=True):
-            if process.returncode != 0:
-                raise PipeFailed(f"`{shlex.join(stage)}` ended with status {process.returncode}{_tail(complaint)}")
+        failed = [place for place, process in enumerate(running) if process.returncode != 0]
+        # A stage whose reader went away is ended by a signal: what matters is why its reader did.
+        failed = [place for place in failed if running[place].returncode != -signal.SIGPIPE] or failed
+        if failed:
+            _check_room(output)
+            stage, status, complaint = stages[failed[0]], running[failed[0]].returncode, complaints[failed[0]]
+            raise PipeFailed(f"`{display_command(stage)}` ended with status {status}{_tail(complaint)}")
 
 
 def _start(
@@ -97,7 +105,7 @@ def _start(
                 start_new_session=True,
             )
         except OSError as error:
-            raise UserError(f"{address}: '{stage[0]}' cannot be run: {error.strerror}") from None
+            raise UserError(f"{display(address)}: '{stage[0]}' cannot be run: {error.strerror}") from None
         finally:
             if source is not None:
                 source.close()  # this process must not keep a stage from seeing that its reader is gone
@@ -116,8 +124,16 @@ def _ended(running: list[subprocess.Popen[bytes]], seconds: float) -> bool:
     return True
 
 
+def _check_room(output: IO[bytes]) -> None:
+    """Raise the OSError of a full disk or quota, which a program that met it only tells in words."""
+    output.seek(0, os.SEEK_END)
+    output.write(bytes(_ROOM))
+    output.flush()
+    os.fsync(output.fileno())
+
+
 def _tail(complaint: IO[bytes]) -> str:
     size = complaint.seek(0, os.SEEK_END)
     complaint.seek(max(0, size - _STDERR_TAIL))
     text = " ".join(complaint.read().decode("utf-8", "replace").split())
-    return f": {text}" if text else ""
+    return f": {redacted(text)}" if text else ""

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from mmd2v.config.schema import SourceConfig
 from mmd2v.data.addresses import PIPE, display, is_remote, join_address
-from mmd2v.data.fetch import describe, file_system, read_if_there, retrying
+from mmd2v.data.fetch import ask, describe, read_if_there, retrying
 from mmd2v.errors import UserError, disk_message
 
 if TYPE_CHECKING:
@@ -20,6 +20,7 @@ Result = TypeVar("Result")
 MANIFEST_NAME = "shards.json"
 SIZES_NAME = "sizes.json"  # of webdataset: shard name → samples
 UNKNOWN = -1
+MOST_SAMPLES = 2**40  # of one shard; sums over all shards stay far from the end of an int64
 
 
 class Places:
@@ -76,7 +77,7 @@ class Places:
         try:
             record = json.loads(data)
             return {str(name): ManifestEntry(_natural(count), UNKNOWN) for name, count in record.items()}
-        except (ValueError, TypeError, AttributeError):
+        except (ValueError, TypeError, AttributeError, RecursionError):
             raise UserError(
                 f"{display(path)}: expected a JSON object of shard name → samples, as webdataset writes it; "
                 "delete it to scan the shards"
@@ -95,9 +96,8 @@ class Places:
         Raises:
             UserError: it cannot be listed.
         """
-        system, path = file_system(folder, self.config)
 
-        def listing() -> list[str]:
+        def listing(system: Any, path: str) -> list[str]:
             try:
                 return [str(entry).rstrip("/").rpartition("/")[2] for entry in system.ls(path, detail=False)]
             except NotImplementedError:
@@ -107,10 +107,11 @@ class Places:
 
     def matches(self, pattern: str) -> list[str]:
         """Addresses that match a pattern with ``*``."""
-        system, path = file_system(pattern, self.config)
-        return self._look(
-            lambda: [system.unstrip_protocol(entry) for entry in system.glob(path)], pattern, "cannot be listed"
-        )
+
+        def listing(system: Any, path: str) -> list[str]:
+            return [system.unstrip_protocol(entry) for entry in system.glob(path)]
+
+        return self._look(listing, pattern, "cannot be listed")
 
     def text(self, address: str) -> str:
         """Content of a small local or remote file; raises a UserError when there is none."""
@@ -131,16 +132,22 @@ class Places:
                 f"shards: {display(address)} is not UTF-8, expected a text file with a shard a line"
             ) from None
 
-    def _look(self, call: Callable[[], Result], address: str, otherwise: str) -> Result:
+    def _look(self, question: Callable[[Any, str], Result], address: str, otherwise: str) -> Result:
+        stop = threading.Event()
         try:
-            return retrying(call, address, self.config, threading.Event())
+            return retrying(lambda: ask(address, self.config, stop, question), address, self.config, stop)
         except UserError as error:
             cause = error.__cause__
             reason = describe(cause, self.config.timeout) if cause is not None else str(error)
             raise UserError(f"shards: {display(address)}: {otherwise}: {reason}") from None
 
 
+def is_natural(value: Any, most: int) -> bool:
+    """Whether a value of a JSON file is a whole number from 0 to ``most``."""
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= most
+
+
 def _natural(value: Any) -> int:
-    if not isinstance(value, int) or value < 0:
+    if not is_natural(value, MOST_SAMPLES):
         raise ValueError(value)
     return value

@@ -5,7 +5,6 @@ An object of this module belongs to the process that made it, like its threads a
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import os
 import threading
@@ -14,10 +13,11 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 
 from mmd2v.config.schema import SourceConfig
-from mmd2v.data.addresses import PIPE, display, join_address, split_address
+from mmd2v.data.addresses import PIPE, display, join_address, split_address, without_secrets
 from mmd2v.data.damage import Damage
-from mmd2v.data.fetch import Cancelled, Incomplete, download, read_bytes, read_if_there, retrying
+from mmd2v.data.fetch import Cancelled, Incomplete, ask, download, is_unreachable, read_bytes, read_if_there, retrying
 from mmd2v.data.shard_cache import Claim, NoRoom, ShardCache, cache_name
+from mmd2v.data.shard_cache import close as close_entry
 from mmd2v.data.shard_index import INDEX_SUFFIX, ShardIndex
 from mmd2v.errors import UserError, disk_message
 
@@ -25,6 +25,9 @@ _WAIT = 0.05  # seconds between two looks whether another process is done
 _GROWTH = 64_000_000  # bytes by which room is reserved for a shard of unknown size
 _RANGES_AT_ONCE = 16  # requests of one batch that are under way at the same time
 _GB = 10**9
+# What file systems of fsspec tell in `info`, beside the size, that changes with the content.
+_VERSION_KEYS = ("ETag", "etag", "Content-MD5", "Digest", "content_md5", "md5Hash", "crc32c", "checksum", "generation")
+_VERSION_KEYS += ("Last-Modified", "LastModified", "last_modified", "updated", "mtime")
 
 
 class RemoteShards:
@@ -63,6 +66,11 @@ class RemoteShards:
         self._passed: set[int] = set()
         """Wanted shards that could not be fetched ahead; whoever needs them is told why."""
         self._threads: list[threading.Thread] = []
+        self._versions: dict[int, str] = {}
+        """Shard of which no manifest tells → what tells it from other content at its address; empty: unknown."""
+        # Some servers tell files apart by nothing but the query.
+        signed = any("?" in path for path in paths)
+        self._named_by_query = signed and len(set(map(without_secrets, paths))) < len(paths)
 
     # ------------------------------------------------------------------------------------ one shard
 
@@ -99,7 +107,7 @@ class RemoteShards:
         with self._lock:
             self._used.discard(shard)
         if handle is not None:
-            _close(handle)
+            close_entry(handle)
 
     def index(self, shard: int) -> ShardIndex | None:
         """The index of a shard by itself, from the cache or from beside the shard; None: there is none.
@@ -136,7 +144,8 @@ class RemoteShards:
             try:
                 return memoryview(bytearray(retrying(attempt, address, self.config, self._stop)))
             except Damage as damage:
-                self.cache.failed(name, damage.kind, str(damage))
+                if is_unreachable(damage.__cause__):  # else the next range may well come
+                    self.cache.failed(name, damage.kind, str(damage))
                 return damage
 
         if len(places) == 1:
@@ -159,7 +168,6 @@ class RemoteShards:
             wanted = set(shards)
             self._passed.clear()  # there may be room now
             unneeded = [self._pinned.pop(shard) for shard in list(self._pinned) if shard not in wanted]
-            self._threads = [thread for thread in self._threads if thread.is_alive()]
             missing = min(self.config.prefetch, len(wanted)) - len(self._threads)
             for _ in range(missing):
                 # Daemons: a process that ends does not wait for a download that nobody will use.
@@ -167,7 +175,7 @@ class RemoteShards:
                 self._threads.append(thread)
                 thread.start()
         for handle in unneeded:
-            _close(handle)
+            close_entry(handle)
         return True
 
     def is_wanted(self, shard: int) -> bool:
@@ -175,7 +183,15 @@ class RemoteShards:
         return shard in self._wanted
 
     def _work(self) -> None:
-        """Fetch what is wanted until nothing is left to do; a shard that another process is at comes later."""
+        """Fetch what is wanted; a thread of `prefetch`."""
+        try:
+            self._fetch_wanted()
+        finally:
+            with self._lock, suppress(ValueError):
+                self._threads.remove(threading.current_thread())
+
+    def _fetch_wanted(self) -> None:
+        """Fetch until nothing is left to do; a shard that another process is at comes later."""
         elsewhere: set[int] = set()
         while not self._stop.is_set():
             with self._lock:
@@ -184,8 +200,10 @@ class RemoteShards:
                 todo = [s for s in missing if s not in elsewhere]
                 if todo:
                     self._busy.add(todo[0])
-            if not missing:
-                return
+                if not missing:
+                    # Before the lock is let go: a `prefetch` must not count on a thread that is about to end.
+                    self._threads.remove(threading.current_thread())
+                    return
             if not todo:
                 elsewhere.clear()
                 self._stop.wait(_WAIT)
@@ -207,7 +225,7 @@ class RemoteShards:
                         self._pinned[shard] = handle
                         handle = None
                 if handle is not None:
-                    _close(handle)
+                    close_entry(handle)
 
     def _unpin_last(self) -> bool:
         """Let go of the fetched shard that is needed last; False: there is none."""
@@ -217,7 +235,7 @@ class RemoteShards:
                 return False
             handle = self._pinned.pop(shard)
             self._passed.add(shard)
-        _close(handle)
+        close_entry(handle)
         return True
 
     def shut_down(self, *, wait: bool = True) -> None:
@@ -227,22 +245,42 @@ class RemoteShards:
             self._wanted = []
             handles = list(self._pinned.values())
             self._pinned.clear()
+            threads = list(self._threads)
         for handle in handles:
-            _close(handle)
-        for thread in self._threads if wait else ():
+            close_entry(handle)
+        for thread in threads if wait else ():
             thread.join()
-
-    def abandon(self) -> None:
-        """Close what a forked process inherited, without the unlocking that would reach its parent."""
-        for handle in self._pinned.values():
-            os.close(handle)
 
     # ------------------------------------------------------------------------------------ the cache
 
     def _name(self, shard: int) -> str:
+        """Name of a shard in the cache: it changes with what is known of the content, not with a signature."""
+        path = self.paths[shard]
         digest = self._digest(shard)
-        version = digest.hex() if digest is not None else str(self._sizes[shard])
-        return cache_name(self.paths[shard], version)
+        if digest is not None:
+            version = digest.hex()
+        elif self._sizes[shard] >= 0:
+            version = str(self._sizes[shard])
+        else:
+            version = self._version(shard)
+            if not version:
+                return cache_name(path)
+        return cache_name(path if self._named_by_query else without_secrets(path), version)
+
+    def _version(self, shard: int) -> str:
+        """What its file system tells about the content of a shard at once, asked for one time; empty: nothing."""
+        if shard not in self._versions:
+            path = self.paths[shard]
+            version = ""
+            if not path.startswith(PIPE):
+                # Whatever is wrong is met again, and told, when the shard is fetched.
+                with suppress(Exception):
+                    found = ask(path, self.config, self._stop, lambda system, place: system.info(place))
+                    version = "".join(f"{key}={found[key]} " for key in _VERSION_KEYS if found.get(key) is not None)
+                    if version and found.get("size") is not None:
+                        version += f"size={found['size']}"
+            self._versions[shard] = version
+        return self._versions[shard]
 
     def _digest(self, shard: int) -> bytes | None:
         found = self._digests[32 * shard : 32 * shard + 32]
@@ -391,9 +429,3 @@ def _verify(path: str, expected: int, digest: bytes | None) -> None:
             actual = hashlib.file_digest(handle, "sha256").digest()
         if actual != digest:
             raise Incomplete(f"found SHA-256 {actual.hex()}, expected {digest.hex()} by its manifest")
-
-
-def _close(handle: int) -> None:
-    # Unlocked by hand: a forked child may have the same open file, which would keep it locked.
-    fcntl.flock(handle, fcntl.LOCK_UN)
-    os.close(handle)

@@ -25,7 +25,7 @@ import numpy as np
 from mmd2v.config.schema import SourceConfig
 from mmd2v.data.addresses import PIPE, display, expand_shards, is_remote, split_address
 from mmd2v.data.damage import Damage, DamageKind
-from mmd2v.data.places import MANIFEST_NAME, SIZES_NAME, Places
+from mmd2v.data.places import MANIFEST_NAME, MOST_SAMPLES, SIZES_NAME, Places, is_natural
 from mmd2v.data.remote import RemoteShards
 from mmd2v.data.shard_cache import FAILURE_KEPT
 from mmd2v.data.shard_index import IMAGE_SUFFIXES, INDEX_SUFFIX, RawSample, ShardIndex
@@ -48,6 +48,7 @@ __all__ = [
 ]
 
 _VERSION = 1
+_MOST_BYTES = 2**60  # of one shard
 _CAPTIONS_AT_ONCE = 256  # samples whose captions are requested together
 _INDEXES_AT_ONCE = 16  # requests for indexes under way at the same time
 
@@ -118,7 +119,7 @@ class ShardSet:
         counts = self._read_manifests(places)
         left = sys.maxsize if limit is None else limit
         unknown = np.flatnonzero(counts < 0).tolist()
-        if limit is None and self.source.access == "cache":
+        if limit is None:
             self._fetch_indexes(unknown)
         with ExitStack() as stack:
             progress: Progress | None = None
@@ -129,7 +130,7 @@ class ShardSet:
                 if not is_remote(self.paths[shard]):
                     counts[shard] = len(ShardIndex.open(self.paths[shard], tolerant=self.tolerant))
                     continue
-                index = self._remote.index(shard)
+                index = self._remote_index(shard) if self.source.access == "range" else self._remote.index(shard)
                 if index is None:
                     if progress is None:
                         what = "fetching shards to count their samples"
@@ -152,12 +153,19 @@ class ShardSet:
         samples: list[int] = []
         sizes: list[int] = []
         digests: list[bytes] = []
-        folder, known = "", {}
+        # Of links that are signed one by one, none is a key to the manifest: it is not asked for.
+        queries: dict[str, str | None] = {}
+        for path in self.paths:
+            folder, _, query = _split(path)
+            if queries.setdefault(folder, query) != query:
+                queries[folder] = None
+        at, known = None, {}
         entry: ManifestEntry | None
         for path in self.paths:
-            at, name = _split(path)
-            if at != folder or not samples:
-                folder, known = at, places.counts(at)
+            folder, name, _ = _split(path)
+            if folder != at:
+                at, query = folder, queries[folder]
+                known = {} if query is None else places.counts(folder + query)
             entry = known.get(name)
             samples.append(-1 if entry is None else entry.samples)
             sizes.append(-1 if entry is None else entry.bytes)
@@ -387,12 +395,10 @@ class ShardSet:
         self._failures: dict[int, tuple[float, Damage]] = {}
 
     def _after_fork(self) -> None:
-        """Drop what a forked process inherited: threads are gone, and locks are shared with the parent."""
-        for _, handle in self._open.values():
-            if handle is not None:
+        """Drop what a forked process inherited: threads are gone, and the fork closed what the cache had open."""
+        for shard, (_, handle) in self._open.items():
+            if handle is not None and not is_remote(self.paths[shard]):
                 os.close(handle)
-        if self._fetcher is not None:
-            self._fetcher.abandon()
         self._forget()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -404,14 +410,11 @@ class ShardSet:
         self._forget()
 
 
-def _split(path: str) -> tuple[str, str]:
-    """(folder, name) of a path or address."""
+def _split(path: str) -> tuple[str, str, str]:
+    """(folder, name, query) of a path or address."""
     if path.startswith(PIPE):
-        return PIPE, path
-    if is_remote(path):
-        folder, name, query = split_address(path)
-        return folder + query, name
-    return os.path.split(path)
+        return PIPE, path, ""
+    return split_address(path) if is_remote(path) else (*os.path.split(path), "")
 
 
 def _digest(sha256: str, path: str) -> bytes:
@@ -447,20 +450,31 @@ def parse_manifest(data: bytes, path: str) -> dict[str, ManifestEntry]:
     """As `read_manifest`, of what the file at ``path`` holds."""
     try:
         record = json.loads(data)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: cannot be read: {error}") from None
     if not isinstance(record, dict) or record.get("version") != _VERSION:
         raise UserError(f"{path}: found another format, expected a JSON object with version {_VERSION}")
-    try:
-        return {str(name): _manifest_entry(*entry) for name, entry in record["shards"].items()}
-    except (KeyError, TypeError, ValueError, AttributeError):
-        raise UserError(f"{path}: not a shard manifest of this version; delete it to scan the shards") from None
+    shards = record.get("shards")
+    if not isinstance(shards, dict):
+        raise UserError(f"{path}: not a shard manifest of this version; delete it to scan the shards")
+    for name, entry in shards.items():
+        if "/" in name or "\\" in name or ".." in name:
+            raise UserError(f"{path}: found the shard name {name!r}, expected the name of a file beside it")
+        if not _is_manifest_entry(entry):
+            raise UserError(
+                f"{path}: shard {name!r}: found {json.dumps(entry)[:200]}, expected [samples, bytes, SHA-256], the "
+                "first two natural numbers; not a shard manifest of this version; delete it to scan the shards"
+            )
+    return {name: ManifestEntry(*entry) for name, entry in shards.items()}
 
 
-def _manifest_entry(samples: Any, size: Any, sha256: Any = None) -> ManifestEntry:
-    if sha256 is not None and not isinstance(sha256, str):
-        raise TypeError(sha256)
-    return ManifestEntry(int(samples), int(size), sha256)
+def _is_manifest_entry(entry: Any) -> bool:
+    if not isinstance(entry, list) or not 2 <= len(entry) <= 3:
+        return False
+    samples, size, *rest = entry
+    return (
+        is_natural(samples, MOST_SAMPLES) and is_natural(size, _MOST_BYTES) and isinstance((*rest, "")[0], str | None)
+    )
 
 
 def write_manifest(folder: str | Path, shards: Mapping[str, ManifestEntry]) -> None:

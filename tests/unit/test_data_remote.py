@@ -21,9 +21,11 @@ from fsspec.implementations.local import LocalFileSystem
 from shard_server import ShardServer
 
 from mmd2v.config.schema import SourceConfig
-from mmd2v.data import fetch
+from mmd2v.data import fetch, shard_cache
+from mmd2v.data.addresses import display
 from mmd2v.data.damage import Damage, DamageKind
-from mmd2v.data.shards import INDEX_SUFFIX, ShardSet
+from mmd2v.data.shard_cache import Claim, cache_name
+from mmd2v.data.shards import INDEX_SUFFIX, ShardSet, expand_shards
 from mmd2v.errors import UserError
 
 SHARD = "shard-000001.tar"
@@ -133,6 +135,56 @@ def test_lists_of_local_shards(shards, tmp_path):
 
 
 @pytest.mark.parametrize(
+    "entry",
+    [
+        "pipe:touch {ran}",
+        "/etc/{{a,b}}.tar",
+        "~/a.tar",
+        "file:///etc/a.tar",
+        "file:/etc/a.tar",
+        "local:///etc/a.tar",
+        "zip://a.tar::/etc/b.zip",
+        "zip://a.tar::file:///etc/b.zip",
+    ],
+)
+def test_a_list_from_an_address_reaches_nothing_of_this_machine(server, shards, source, tmp_path, entry):
+    (shards / "list.txt").write_text(f"# shards\nshard-000000.tar\n{entry.format(ran=tmp_path / 'ran')}\n")
+    with pytest.raises(UserError, match=r"/set/list\.txt line 3: found '.*', expected a name in the list's own folder"):
+        ShardSet(f"{server.url}/set/list.txt", source=source)
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("name", ["../a.tar", "sub/a.tar", "sub\\a.tar", "/etc/a.tar", ".."])
+def test_a_manifest_names_only_files_beside_it(server, shards, source, name):
+    (shards / "shards.json").write_text(json.dumps({"version": 1, "shards": {name: [1, 1]}}))
+    for spec in (f"{server.url}/set", str(shards)):
+        with pytest.raises(
+            UserError, match=r"shards\.json: found the shard name .*, expected the name of a file beside"
+        ):
+            ShardSet(spec, source=source)
+
+
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        ("[1e999, 1]", r"shard 'a\.tar': found \[Infinity, 1\], expected \[samples, bytes, SHA-256\]"),
+        ("[1%s, 1]" % ("0" * 24), "expected .* natural numbers"),
+        ("[1, 1%s]" % ("0" * 24), "expected .* natural numbers"),
+        ("[-1, 1]", "expected .* natural numbers"),
+        ("[1.5, 1]", "expected .* natural numbers"),
+        ("[true, 1]", "expected .* natural numbers"),
+        ("[1]", "expected .* natural numbers"),
+        ("[1, 1, 1]", "expected .* natural numbers"),
+        ("[" * 100_000, r"shards\.json: cannot be read: "),
+    ],
+)
+def test_damaged_manifests(shards, entry, message):
+    (shards / "shards.json").write_text(f'{{"version": 1, "shards": {{"a.tar": {entry}}}}}')
+    with pytest.raises(UserError, match=message):
+        ShardSet(str(shards))
+
+
+@pytest.mark.parametrize(
     ("spec", "message"),
     [
         ("{url}/nothing", "no shards.json in it, and it cannot be listed: there is no such file"),
@@ -204,6 +256,14 @@ def test_counts_come_from_the_cheapest_place(server, shards, source):
     assert counted() == set(), "what a scan found must be kept"
 
 
+def test_links_that_are_signed_one_by_one_ask_for_no_manifest(server, source):
+    spec = [f"{server.url}/set/shard-00000{n}.tar?sig={n}" for n in range(3)]
+    assert ShardSet(spec, source=source).counts.tolist() == [10, 10, 5]
+    assert "shards.json" not in server.requests and "sizes.json" not in server.requests
+    ShardSet([link.replace("sig=2", "sig=1").replace("sig=0", "sig=1") for link in spec], source=source)
+    assert len(server.requests["shards.json"]) == 1
+
+
 def test_limit_leaves_later_remote_shards_alone(server, shards, source):
     for path in [*shards.glob("*.json"), *shards.glob("*" + INDEX_SUFFIX)]:
         path.unlink()
@@ -212,7 +272,9 @@ def test_limit_leaves_later_remote_shards_alone(server, shards, source):
     assert "shard-000002.tar" not in server.requests
 
 
-@pytest.mark.parametrize("content", ["[1]", '{"a.tar": -1}', '{"a.tar": "x"}', "nonsense"])
+@pytest.mark.parametrize(
+    "content", ["[1]", '{"a.tar": -1}', '{"a.tar": 1e999}', "[" * 100_000, '{"a.tar": "x"}', "nonsense"]
+)
 def test_damaged_sizes(shards, source, content):
     (shards / "shards.json").unlink()
     (shards / "sizes.json").write_text(content)
@@ -290,6 +352,58 @@ def test_secrets_stay_out_of_messages(server, source):
 
 
 @pytest.mark.parametrize(
+    ("address", "shown"),
+    [
+        ("https://me:SECRET@h/set/a.tar?sig=SECRET", "https://h/set/a.tar?…"),
+        ("s3://key:SECRET@bucket/a.tar?versionId=SECRET", "s3://bucket/a.tar?…"),
+        ("abfs://container@account.net/a.tar", "abfs://container@account.net/a.tar"),
+        ("zip://a.tar::https://me:SECRET@h/b.zip?sig=SECRET", "zip://a.tar::https://h/b.zip?…"),
+        (
+            "pipe:curl -H 'Authorization: Bearer SECRET' 'https://me:SECRET@h/a.tar?s=SECRET' | gzip -d",
+            "pipe:curl … a.tar",
+        ),
+        ("pipe:fetch --token SECRET.SECRET", "pipe:fetch …"),
+    ],
+)
+def test_addresses_are_shown_without_secrets(address, shown):
+    assert display(address) == shown and "SECRET" not in cache_name(address)
+    for spec in ([address, address], [address + "{"]):
+        with pytest.raises(UserError) as caught:
+            expand_shards(spec)
+        assert "SECRET" not in str(caught.value)
+
+
+def test_secrets_stay_out_of_what_libraries_say(source):
+    import aiohttp
+
+    for error in (
+        aiohttp.InvalidURL("https://me:SECRET@h:port/a.tar?sig=SECRET"),
+        ValueError("cannot open 'https://h/a.tar?sig=SECRET'"),
+    ):
+        assert "SECRET" not in fetch.describe(error, 1) and "https://h" in fetch.describe(error, 1)
+    for spec in (
+        "pipe:sh -c 'echo https://h/a.tar?SECRET >&2; exit 3' SECRET",
+        "pipe:no-such SECRET",
+        "pipe:cat SECRET > a",
+    ):
+        with pytest.raises(UserError) as caught:
+            ShardSet(spec, source=changed(source, retries=0))
+        assert "SECRET" not in str(caught.value), spec
+
+
+def test_a_full_disk_under_a_command_is_no_damage(shards, source, tmp_path, monkeypatch):
+    def temporary(claim):
+        path = tmp_path / "full"
+        path.symlink_to("/dev/full")
+        return str(path)
+
+    monkeypatch.setattr(Claim, "temporary", temporary)
+    with pytest.raises(UserError, match=r"data\.source\.cache_dir: .* the disk is full") as caught:
+        ShardSet(f"pipe:cat {shards}/{SHARD}", source=source)
+    assert not isinstance(caught.value, Damage) and hidden(source) == []
+
+
+@pytest.mark.parametrize(
     ("command", "message"),
     [
         ("cat {}/no.tar", "`cat .*no.tar` ended with status 1: cat: .*No such file"),
@@ -349,6 +463,50 @@ def test_a_file_system_that_hangs_is_not_waited_for(shards, source):
             data.close()
     finally:
         Hanging.released.set()
+
+
+class Connecting(LocalFileSystem):
+    """Local files behind a connection that hangs, or is refused, when the file system is made or a folder listed."""
+
+    protocol = ("connecting",)
+    released = threading.Event()
+    refused = False
+    hangs = "constructor"
+    made = 0
+
+    def __init__(self, **options):
+        super().__init__(**options)
+        Connecting.made += 1
+        if self.refused:
+            raise ConnectionRefusedError("refused")
+        if self.hangs == "constructor":
+            self.released.wait(20)
+
+    def ls(self, path, detail=False, **options):
+        self.released.wait(20)
+        return super().ls(path, detail=detail, **options)
+
+
+@pytest.mark.parametrize("hangs", ["constructor", "ls", "refused"])
+@pytest.mark.parametrize("kind", ["folder", "wildcard", "file"])
+def test_a_connection_that_hangs_or_is_refused_is_given_up(shards, source, monkeypatch, hangs, kind):
+    fsspec.register_implementation("connecting", Connecting, clobber=True)
+    (shards / "shards.json").unlink()
+    monkeypatch.setattr(Connecting, "hangs", hangs)
+    monkeypatch.setattr(Connecting, "refused", hangs == "refused")
+    monkeypatch.setattr(Connecting, "made", 0)
+    monkeypatch.setattr(Connecting, "released", threading.Event())
+    spec = "connecting://" + {"folder": f"{shards}", "wildcard": f"{shards}/*.tar", "file": f"{shards}/{SHARD}"}[kind]
+    start = time.monotonic()
+    try:
+        if (hangs, kind) == ("ls", "file"):
+            assert len(ShardSet(spec, source=changed(source, retries=1, timeout=0.2))) == 10
+            return
+        with pytest.raises(UserError, match="refused" if hangs == "refused" else r"0\.2 s \(data\.source\.timeout\)"):
+            ShardSet(spec, source=changed(source, retries=1, timeout=0.2))
+        assert time.monotonic() - start < 5 and Connecting.made >= 2, "it must be tried again"
+    finally:
+        Connecting.released.set()
 
 
 def test_what_cannot_succeed_is_not_repeated(source):
@@ -418,6 +576,33 @@ def test_ranges_are_retried_and_fail_by_sample(server, source):
     data.close()
 
 
+def test_a_slow_range_says_nothing_about_its_shard(server, source):
+    ranged = changed(source, access="range", retries=0)
+    data = ShardSet(f"{server.url}/set", source=ranged)
+    server.faults[SHARD] = ["slow"]
+    with pytest.raises(Damage, match=r"bytes [\d,]+ to [\d,]+ were not complete within 0\.5 s \(data\.source\.timeout"):
+        data.read(1, 1)
+    assert data.read(1, 1).id == "sample-0011"
+    server.faults[SHARD] = [403]
+    with pytest.raises(Damage, match="403"):
+        data.read(1, 2)
+    with pytest.raises(Damage, match=r"403.*seen . s ago"):
+        data.read(1, 2)
+    data.close()
+
+
+def test_ranges_without_an_index_bring_no_shard(server, shards, source):
+    (shards / "shards.json").unlink()
+    spec = f"{server.url}/set/shard-{{000000..000002}}.tar"
+    ranged = changed(source, access="range")
+    assert ShardSet(spec, source=ranged).counts.tolist() == [10, 10, 5]
+    (shards / f"shard-000002.tar{INDEX_SUFFIX}").unlink()
+    shutil.rmtree(source.cache_dir)
+    with pytest.raises(UserError, match=r"data\.source\.access: range needs an index beside each shard"):
+        ShardSet(spec, source=ranged)
+    assert sum(sum(server.requests[f"shard-00000{n}.tar"]) for n in range(3)) == 0
+
+
 def test_ranges_need_an_index_and_a_server_that_knows_them(server, shards, source):
     ranged = changed(source, access="range")
     server.always["shard-000000.tar"] = "whole"
@@ -463,6 +648,52 @@ def test_a_shard_that_was_packed_again_is_fetched_again(server, shards, source):
     record["shards"][SHARD] = [1, len(data), hashlib.sha256(data).hexdigest()]
     (shards / "shards.json").write_text(json.dumps(record))
     assert ShardSet(f"{server.url}/set", source=source).read(1, 0).captions == ("other",)
+
+
+def test_without_a_manifest_the_server_tells_whether_a_shard_is_the_same(server, shards, source):
+    for path in [shards / "shards.json", *shards.glob("*" + INDEX_SUFFIX)]:
+        path.unlink()
+    server.etags[SHARD] = "one"
+
+    def first(signature):
+        data = ShardSet(f"{server.url}/set/{SHARD}?sig={signature}", source=source)
+        sample = data.read(0, 0)
+        data.close()
+        return sample.captions, sum(map(bool, server.requests[SHARD]))
+
+    assert first("a") == first("b") == (tuple(captions_of(10)), 1), "a new signature is no new shard"
+    write_tar(shards / SHARD, [("new.jpg", encoded(99)), ("new.txt", b"other")])
+    server.etags[SHARD] = "two"
+    assert first("c") == (("other",), 2)
+
+
+def test_links_that_only_their_queries_tell_apart(server, shards, source):
+    (shards / "shards.json").unlink()
+    server.etags[SHARD] = "one"
+    data = ShardSet([f"{server.url}/set/{SHARD}?id={n}" for n in range(2)], source=source)
+    assert {data.read(n, 0).id for n in range(2)} == {"sample-0010"} and len(cached(source)) == 2
+    data.close()
+
+
+def test_a_thread_that_is_about_to_end_is_not_counted_on(server, source, monkeypatch):
+    data = ShardSet(f"{server.url}/set", source=changed(source, prefetch=1))
+    remote = data._remote
+    release, work = threading.Event(), remote._work
+
+    def slow_to_end():
+        work()
+        release.wait(20)
+
+    monkeypatch.setattr(remote, "_work", slow_to_end)
+    try:
+        data.prefetch([0])
+        eventually(lambda: cached(source) == ["shard-000000.tar"] and not remote._busy)
+        time.sleep(0.1)
+        data.prefetch([0, 1])
+        eventually(lambda: SHARD in cached(source))
+    finally:
+        release.set()
+        data.close()
 
 
 def test_prefetch_works_ahead_and_leaves_nothing_behind(server, source):
@@ -515,7 +746,7 @@ def test_processes_share_one_download(server, source):
     assert cached(source) == [SHARD] and hidden(source) == []
 
 
-def test_a_killed_download_blocks_nobody_and_leaves_no_half_shard(server, source):
+def test_a_killed_download_blocks_nobody_and_leaves_no_half_shard(server, source, monkeypatch):
     server.faults[SHARD] = ["stall"]
     killed = start(server, source, 1, timeout=60)
     eventually(
@@ -530,6 +761,7 @@ def test_a_killed_download_blocks_nobody_and_leaves_no_half_shard(server, source
     (left,) = hidden(source)
     old = time.time() - 1000
     os.utime(os.path.join(source.cache_dir, left), (old, old))
+    monkeypatch.setattr(shard_cache, "_SWEPT_EVERY", 0.0)
     ShardSet(f"{server.url}/set", source=source).read(2, 0)
     assert hidden(source) == [], "what it left must go"
 
@@ -541,6 +773,35 @@ def test_a_pickled_set_fetches_for_itself(server, source):
     copy = pickle.loads(pickle.dumps(data))
     data.close()
     assert_all_samples(copy)
+
+
+def test_a_forked_child_keeps_no_shard_open(server, source, monkeypatch):
+    data = ShardSet(f"{server.url}/set", source=source)
+    arrived, release = threading.Event(), threading.Event()
+    bring = data._remote._bring
+
+    def slow(*arguments, **options):
+        handle = bring(*arguments, **options)
+        arrived.set()
+        release.wait(20)
+        return handle
+
+    data.read(0, 0)
+    monkeypatch.setattr(data._remote, "_bring", slow)
+    data.prefetch([1])
+    assert arrived.wait(10)
+    child = os.fork()
+    if child == 0:
+        found = 99
+        try:
+            links = [f"/proc/self/fd/{handle}" for handle in os.listdir("/proc/self/fd")]
+            found = sum(source.cache_dir in os.readlink(link) for link in links if os.path.lexists(link))
+        finally:
+            os._exit(found)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    release.set()
+    assert data.read(0, 1).id == "sample-0001" and data.read(1, 0).id == "sample-0010"
+    data.close()
 
 
 def test_a_forked_child_fetches_for_itself(server, source):
@@ -618,3 +879,16 @@ def test_a_cache_smaller_than_a_window_is_an_error(server, shards, source):
     shutil.rmtree(source.cache_dir)
     with pytest.raises(UserError, match=r"data\.source\.cache_gb"):
         ShardSet(f"{server.url}/set", source=changed(source, cache_gb=1e-6)).read(0, 0)
+
+
+def test_a_full_cache_is_no_damage_of_shards_of_unknown_size(server, shards, source):
+    (shards / "shards.json").unlink()
+    bounded = changed(source, cache_gb=(sum(sizes(shards)[:2]) - 5000) / 1e9)
+    data = ShardSet(f"{server.url}/set/shard-{{000000..000002}}.tar", cache=1, source=bounded)
+    assert data.read(0, 0).id == "sample-0000"
+    data.prefetch([0, 1])
+    eventually(lambda: server.requests[SHARD] and not data._remote._threads)
+    assert [name for name in hidden(source) if name.endswith(".failed")] == []
+    data.prefetch([1])
+    assert data.read(1, 0).id == "sample-0010"
+    data.close()

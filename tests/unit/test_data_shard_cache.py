@@ -1,5 +1,7 @@
 """The cache by itself: claims, its bound, and many processes that are killed while they use it."""
 
+import errno
+import fcntl
 import os
 import random
 import signal
@@ -11,6 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mmd2v.data import shard_cache
 from mmd2v.data.damage import DamageKind
 from mmd2v.data.shard_cache import FAILURE_KEPT, NoRoom, ShardCache, cache_name
 from mmd2v.errors import UserError
@@ -50,24 +53,24 @@ def test_any_history_stays_within_the_bound(tmp_path_factory, steps):
         assert cache.usage() <= 100 and set(open_) <= entries(cache)
         if close:
             for other in open_.pop(name):
-                os.close(other)
+                shard_cache.close(other)
     for handles in open_.values():
         for handle in handles:
-            os.close(handle)
+            shard_cache.close(handle)
     assert not [name for name in os.listdir(cache.folder) if name.startswith(".") and name != ".lock"]
 
 
 def test_the_least_recently_used_goes_first(tmp_path):
     cache = ShardCache(str(tmp_path), 100)
     for name in "abc":
-        os.close(bring(cache, name, 30))
+        shard_cache.close(bring(cache, name, 30))
         os.utime(tmp_path / name, (ord(name), ord(name)))
-    os.close(cache.open("a"))  # now the newest
-    os.close(bring(cache, "d.idx", 10))
+    shard_cache.close(cache.open("a"))  # now the newest
+    shard_cache.close(bring(cache, "d.idx", 10))
     os.utime(tmp_path / "d.idx", (1, 1))
-    os.close(bring(cache, "e", 30))
+    shard_cache.close(bring(cache, "e", 30))
     assert entries(cache) == {"a", "c", "d.idx", "e"}, "b was oldest; an index goes only after all shards"
-    os.close(bring(cache, "f", 95))
+    shard_cache.close(bring(cache, "f", 95))
     assert entries(cache) == {"f"}
 
 
@@ -92,7 +95,7 @@ def test_failures_are_remembered_for_a_while(tmp_path):
     os.utime(tmp_path / ".a.failed", (old, old))
     assert cache.failure("a") is None
     cache.failed("a", DamageKind.SHARD_TRUNCATED, "why")
-    os.close(bring(cache, "a", 10))
+    shard_cache.close(bring(cache, "a", 10))
     assert cache.failure("a") is None, "it was fetched since"
 
 
@@ -112,6 +115,97 @@ def test_bad_folders(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "getuid", lambda: -5)
     with pytest.raises(UserError, match="belongs to another user"):
         ShardCache(None, 100)
+
+
+@pytest.mark.parametrize("limit", [10**9, 4000])
+def test_small_files_are_kept_without_a_look_at_all_others(tmp_path, monkeypatch, limit):
+    cache = ShardCache(str(tmp_path), limit)
+    looks, look = [], cache._entries
+    monkeypatch.setattr(cache, "_entries", lambda: looks.append(1) or look())
+    for number in range(2000):
+        cache.put(f"{number}.idx", b"0123")
+    assert len(looks) <= 1 if limit > 8000 else len(looks) < 200
+    assert cache.usage() <= limit
+    assert os.path.exists(tmp_path / "1999.idx") and len(entries(cache)) == min(2000, cache.usage() // 4)
+
+
+def test_small_files_are_left_out_of_a_cache_that_is_in_use(tmp_path, monkeypatch):
+    cache = ShardCache(str(tmp_path), 100)
+    handle = bring(cache, "a", 100)
+    looks, look = [], cache._entries
+    monkeypatch.setattr(cache, "_entries", lambda: looks.append(1) or look())
+    for number in range(50):
+        cache.put(f"{number}.idx", b"0")
+    assert entries(cache) == {"a"} and len(looks) < 5
+    shard_cache.close(handle)
+    monkeypatch.setattr(shard_cache.time, "monotonic", lambda: cache._full_until)
+    cache.put("b.idx", b"0")
+    assert entries(cache) == {"b.idx"}
+
+
+def test_what_was_reserved_in_vain_is_free_again(tmp_path, monkeypatch):
+    cache = ShardCache(str(tmp_path), 100)
+    cache.put("b.idx", b"0")
+    monkeypatch.setattr(cache, "_entries", lambda: pytest.fail("there is room"))
+    for _ in range(5):
+        with cache.claim("a") as claim:
+            claim.reserve(60)
+
+
+def test_a_small_file_that_cannot_be_written_leaves_nothing(tmp_path, monkeypatch):
+    cache = ShardCache(str(tmp_path), 100)
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "replace", full)
+    cache.put("a.idx", b"0")
+    cache.failed("a", DamageKind.SHARD_TRUNCATED, "why")
+    assert os.listdir(tmp_path) == [".lock"]
+
+
+def test_a_lock_that_fails_leaves_nothing_open(tmp_path, monkeypatch):
+    cache = ShardCache(str(tmp_path), 100)
+    shard_cache.close(bring(cache, "a", 10))
+    before = len(os.listdir("/proc/self/fd"))
+
+    def broken(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(fcntl, "flock", broken)
+        with pytest.raises(OSError, match="No locks available"):
+            cache.open("a")
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+def as_of_nfs(handle, kind, flock=fcntl.flock):
+    if kind & fcntl.LOCK_EX and fcntl.fcntl(handle, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDONLY:
+        raise OSError(errno.EBADF, "Bad file descriptor")
+    flock(handle, kind)
+
+
+def no_locks(handle, kind):
+    raise OSError(errno.ENOSYS, "Function not implemented")
+
+
+def exclusive_alone(handle, kind, flock=fcntl.flock):
+    flock(handle, kind & ~fcntl.LOCK_SH | fcntl.LOCK_EX if kind & fcntl.LOCK_SH else kind)
+
+
+@pytest.mark.parametrize("flock", [no_locks, exclusive_alone, lambda handle, kind: None])
+def test_locks_that_do_not_hold_are_found(tmp_path, monkeypatch, flock):
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with pytest.raises(UserError, match=r"data\.source\.cache_dir: .* cannot be locked .*, expected a local disk"):
+        ShardCache(str(tmp_path), 100)
+
+
+def test_eviction_where_exclusive_locks_need_a_file_open_for_writing(tmp_path, monkeypatch):
+    monkeypatch.setattr(fcntl, "flock", as_of_nfs)
+    cache = ShardCache(str(tmp_path), 100)
+    shard_cache.close(bring(cache, "a", 60))
+    shard_cache.close(bring(cache, "b", 60))
+    assert entries(cache) == {"b"}
 
 
 WORKER = """

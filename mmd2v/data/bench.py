@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -249,6 +249,8 @@ def time_loader(
     while samples == 0 or now - start < seconds:
         samples += len(next(batches).sample_ids)
         now = clock()
+    if isinstance(batches, Generator):
+        batches.close()  # ends the processes, and closes the shards
     return now - start, first, samples
 
 

@@ -423,6 +423,18 @@ def test_damaged_text(tmp_path):
     assert {"Good.", "Good too."} <= set(texts) and "Did you mean 'txt'" in str(report)
 
 
+def test_texts_with_one_name(tmp_path):
+    (tmp_path / "in").mkdir()
+    for name in ("a.txt", "a.TXT", "b.txt"):
+        (tmp_path / "in" / name).write_text("Some words.")
+    members = [("x.txt", b"One."), ("./x.txt", b"Two."), ("y.txt", b"Three.")]
+    write_tar(tmp_path / "in/t.tar", members)
+    assert "a.txt: an earlier text has the same name" in refused(tmp_path / "in", tmp_path)
+    report, samples = packed(tmp_path / "in", tmp_path / "out", images=False, skip_bad=True)
+    assert list(samples) == ["a-000000", "b-000000", "t.tar/x-000000", "t.tar/y-000000"]
+    assert report.skipped == {"duplicate_key": 2}
+
+
 def test_bad_text(tmp_path):
     (tmp_path / "t").mkdir()
     assert "needs .txt" in refused(tmp_path / "t", tmp_path, format="text")

@@ -41,7 +41,7 @@ _DEEPEST = 3  # tars inside tars
 
 
 class Text(Source):
-    """Documents in the order of their paths, passages in the order of the document; nothing is held in memory."""
+    """Documents in the order of their paths, passages in the order of the document; no text is held in memory."""
 
     format = "text"
     summary = "plain text, for text distillation: .txt, .jsonl, tars of .txt, or a folder of them"
@@ -78,8 +78,12 @@ class Text(Source):
 
     def records(self) -> Iterator[Record]:
         """See `Source.records`."""
+        seen: set[int] = set()
         for path in self._files:
             name = path.relative_to(self.path).as_posix() if path != self.path else path.name
+            if _is_repeat(name, seen):
+                yield _repeat(name, str(path))
+                continue
             try:
                 with open(path, "rb") as stream:
                     yield from self._file(name, str(path), stream, _DEEPEST)
@@ -100,9 +104,13 @@ class Text(Source):
             elif lower.endswith(_LINES):
                 yield from self._json_lines(name, where, stream)
             elif deepest:
+                seen: set[int] = set()
                 for member, content in streamed_members(stream, where):
                     if _is_text(member):
                         inside = str(PurePosixPath(member)).lstrip("/")
+                        if _is_repeat(inside, seen):
+                            yield _repeat(f"{name}/{inside}", f"{where}: {inside}")
+                            continue
                         yield from self._file(f"{name}/{inside}", f"{where}: {inside}", content, deepest - 1)
             else:
                 raise Damage(DamageKind.SHARD_UNREADABLE, f"{where}: more than {_DEEPEST} tars inside each other")
@@ -135,6 +143,23 @@ class Text(Source):
 def _is_text(name: str) -> bool:
     """Whether a file may hold text, by its name; ``._NAME`` is what macOS leaves beside NAME in archives."""
     return name.lower().endswith(_SUFFIXES) and not PurePosixPath(name).name.startswith("._")
+
+
+def _is_repeat(name: str, seen: set[int]) -> bool:
+    """Whether the ids of a file's passages are those of an earlier one: ``a.txt`` and ``a.TXT`` are the same document.
+
+    Remembers it in ``seen`` by 64 bits, as an archive may have millions.
+    """
+    document = hash(name[: -len(".txt")] + ".txt" if name.lower().endswith(".txt") else name)
+    if document in seen:
+        return True
+    seen.add(document)
+    return False
+
+
+def _repeat(name: str, where: str) -> Record:
+    message = f"{where}: an earlier text has the same name, up to the case of its ending"
+    return Record(name, None, [], damage=Damage(DamageKind.DUPLICATE_KEY, message))
 
 
 def _text_of(row: bytes, where: str) -> str:

@@ -377,6 +377,9 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     raw_values: dict[KeyPath, str] = {}
     for flag, raw in _pairs(overrides):
         raw_values[_apply_override(data, flag, raw, origin)] = raw
+    for given, other in (("steps", "epochs"), ("epochs", "steps")):
+        if (given,) in raw_values and (other,) not in raw_values:
+            data.pop(other, None)  # the command line says how long the run is, whichever way the file does
 
     default = str(path)
 

@@ -139,9 +139,9 @@ class SourceConfig(Section):
     cache_dir: str | None = Field(
         None,
         description="folder of the cache, on a local disk; none: $MMD2V_CACHE, else one in the temporary folder. A "
-        "shard is kept by its address without query and its SHA-256 or size in shards.json, else by what its server tells "
-        "(ETag, checksum, time of change); where nothing tells, and of a pipe:, by its whole address: then delete the "
-        "folder when shards were replaced",
+        "shard is kept by its address without query and its SHA-256 or size in shards.json, else by what its server "
+        "tells (ETag, checksum, time of change); where nothing tells, and of a pipe:, by its whole address: then "
+        "delete the folder when shards were replaced",
     )
     cache_gb: Positive = Field(50.0, description="most the cache may hold, in GB (10⁹ bytes) a node")
     retries: NonNegativeInt = Field(5, description="further attempts at what failed")
@@ -455,7 +455,7 @@ class CLSRegressionConfig(ObjectiveConfig):
     normalize: Literal["none", "layer_norm", "l2"] = Field(
         "none", description="parameter-free normalisation of the target over its channels"
     )
-    modalities: list[str] = Field(default_factory=lambda: ["image", "text"], description="who is regressed")
+    modalities: list[str] = Field(default_factory=list, description="who is regressed; none named: every modality")
     head: Literal["none", "linear", "norm_linear", "mlp"] = Field(
         "norm_linear", description="map from the student's width to the teacher's; none needs equal widths"
     )
@@ -629,8 +629,8 @@ class Config(Section):
                 )
         if self.uses_images:
             raise ValueError(
-                "data.batch_tokens: this run uses images (model.encoders or teachers), expected text alone; give "
-                "engine.batch_size instead"
+                "data.batch_tokens: this run uses images (model.encoders, or a teacher without `modality: text`), "
+                "expected text alone; give engine.batch_size instead"
             )
         if self.data.tokenizer is None:
             raise ValueError("data.tokenizer: missing, but data.batch_tokens counts its tokens")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 import math
+import re
 from typing import NamedTuple
 
 import numpy as np
@@ -47,9 +48,14 @@ def decode_image(data: bytes | bytearray | memoryview, where: str = "image") -> 
     try:
         image = _decode(torch.frombuffer(writable, dtype=torch.uint8), ImageReadMode.RGB, apply_exif_orientation=True)
     except (RuntimeError, ValueError) as error:
-        reason = str(error).splitlines()[0][:200]
-        raise Damage(DamageKind.IMAGE_UNDECODABLE, f"{where}: the image does not decode: {reason}") from None
+        raise Damage(DamageKind.IMAGE_UNDECODABLE, f"{where}: the image does not decode: {_reason(error)}") from None
     return image[0] if image.ndim == 4 else image
+
+
+def _reason(error: Exception) -> str:
+    """What a decoder of torchvision says, without the name and the place of its source file."""
+    first = str(error).splitlines()[0]
+    return re.sub(r"^.*\.(?:cpp|cc|cu|h):\d+[\],]*\s*", "", first).split(". For ")[0]
 
 
 def _decode_png(data: bytes | bytearray | memoryview, where: str) -> torch.Tensor:

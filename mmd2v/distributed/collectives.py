@@ -21,6 +21,10 @@ def rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
 
 
+# torch 2.14 gave the operation this name and warns at the old one.
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
+
 class _AllGather(torch.autograd.Function):
     """All-gather whose backward sums over ranks the gradient each of them has for this rank's rows."""
 
@@ -28,7 +32,7 @@ class _AllGather(torch.autograd.Function):
     def forward(ctx: Any, x_nX: torch.Tensor) -> torch.Tensor:
         ctx.rows = x_nX.shape[0]
         gathered = x_nX.new_empty((world_size() * ctx.rows, *x_nX.shape[1:]))
-        dist.all_gather_into_tensor(gathered, x_nX.contiguous())
+        _all_gather(gathered, x_nX.contiguous())
         return gathered
 
     @staticmethod
@@ -59,7 +63,7 @@ def gather_variable(x_nX: torch.Tensor) -> torch.Tensor:
     padded = x_nX.new_zeros((longest, *x_nX.shape[1:]))
     padded[: x_nX.shape[0]] = x_nX.detach()
     gathered = x_nX.new_empty((world_size() * longest, *x_nX.shape[1:]))
-    dist.all_gather_into_tensor(gathered, padded)
+    _all_gather(gathered, padded)
     return torch.cat([gathered[i * longest : i * longest + count] for i, count in enumerate(counts)])
 
 

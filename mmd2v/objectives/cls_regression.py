@@ -44,14 +44,15 @@ class CLSRegression(Objective):
                 f"{where}.head: found none, but the student's width {width} is not the teacher's {target_width}; "
                 f"expected linear, norm_linear or mlp"
             )
-        owners = ["shared"] if config.shared_head else config.modalities
+        self.modalities = config.modalities or list(student.inputs)
+        owners = ["shared"] if config.shared_head else self.modalities
         self.heads = nn.ModuleDict({owner: _head(config.head, width, target_width) for owner in owners})
 
     def forward(self, output: StudentOutput, targets: Mapping[str, Targets], batch: Batch) -> dict[str, torch.Tensor]:
         """Return ``cls_regression_loss/MODALITY``."""
         target_BC = self._target(output, targets)
         losses = {}
-        for modality in self.config.modalities:
+        for modality in self.modalities:
             head = self.heads["shared" if self.config.shared_head else modality]
             prediction = head(output.pooled[modality]).float()
             kind = self.inputs[modality]

@@ -134,6 +134,10 @@ class Run:
             if self.step % every == 0 or saves:
                 self._report()
 
+            # After the first step: when all of the data is damaged, the settings are, and the run should not go on.
+            if self.step == self.first_step + 1:
+                self._report_damage()
+
             # Once in a while: recall on the held-out set. The last one comes after the last checkpoint.
             if config.evaluation.every and self.step % config.evaluation.every == 0 and not last:
                 self._evaluate()
@@ -230,12 +234,15 @@ class Run:
         }
         self.reporter.record(self.step, values)
         self.reporter.training_line(self.step, values)
-        if told := self.damage.report(self.step):
-            self.reporter.say(told)
+        self._report_damage()
         self._reported, self._samples_reported = self.step, self.sample_index
         self._text_tokens = 0
         self.meter.reset()
         self.stopwatch.reset()
+
+    def _report_damage(self) -> None:
+        if told := self.damage.report(self.step):
+            self.reporter.say(told)
 
     def _token_throughput(self, seconds: float) -> dict[str, float]:
         """Text tokens of all ranks; every rank must call it."""
@@ -276,6 +283,8 @@ class Run:
         self.reporter.say(f"optimiser: {self.engine.description}")
         for source in sources.values():
             self.reporter.say(source.said)
+        for doubt in self.parts.doubts():
+            self.reporter.say(f"warning: {doubt}")
         if start is not None:
             self.reporter.say(f"continuing from {start} at step {self.step}")
         if branch is not None:

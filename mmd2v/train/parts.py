@@ -16,6 +16,9 @@ from mmd2v.train.engine import Engine, build_engine
 from mmd2v.train.module import TrainModule
 from mmd2v.train.replay import Source
 
+_PADDED_VOCABULARY = 1.1
+"""Rows a tokenizer's id beyond which a table belongs to another one; models round their tables up to even sizes."""
+
 
 @dataclass(frozen=True)
 class Parts:
@@ -38,6 +41,22 @@ class Parts:
         replayed = {stored.teacher for stored in self.outputs}
         live = [teacher for name, teacher in self.teachers.items() if name not in replayed]
         return "image" in self.student.inputs.values() or any(teacher.modality == "image" for teacher in live)
+
+    def doubts(self) -> list[str]:
+        """What is allowed and most likely a mistake: ids of another vocabulary run without error and ruin the model."""
+        if self.tokenizer is None:
+            return []
+        tables = {f"model.encoders.{name}": encoder for name, encoder in self.student.encoders.items()}
+        tables |= {f"teachers.{name}": teacher for name, teacher in self.teachers.items()}
+        found = []
+        for where, part in tables.items():
+            rows, ids = getattr(part, "vocab_size", None), self.tokenizer.vocab_size
+            if rows is not None and rows > _PADDED_VOCABULARY * ids:
+                found.append(
+                    f"data.tokenizer has {ids:,} ids, the embedding table of {where} {rows:,} rows: expected the "
+                    "tokenizer that it was trained with"
+                )
+        return found
 
     def engine(self, config: Config, world: World) -> Engine:
         """Hand the train module to DeepSpeed (once: from then on its parameters belong to the engine)."""

@@ -220,3 +220,20 @@ def test_a_slip_in_a_flag_is_no_override():
 
 def test_the_smallest_config_is_valid():
     assert load_config(Path(__file__).parents[2] / "configs" / "cpu" / "minimal.yaml").name == "minimal"
+
+
+@pytest.mark.parametrize(("flag", "value"), [("steps", 7), ("epochs", 2.5)])
+def test_the_command_line_says_how_long_a_run_is(load, flag, value):
+    other = {"steps": "epochs", "epochs": "steps"}[flag]
+    in_file = {"steps": "steps: 3", "epochs": "steps: null\nepochs: 3"}[other]
+    config = load(in_file, f"--{flag}", str(value))
+    assert getattr(config, flag) == value and getattr(config, other) is None
+
+
+def test_every_config_that_is_shipped_is_valid(monkeypatch):
+    for name in ("DEMO_DIR", "MMD2V_TEACHERS", "FLICKR8K_SHARDS"):
+        monkeypatch.setenv(name, "folder")
+    root = Path(__file__).parents[2] / "configs"
+    paths = [path for path in sorted(root.rglob("*.yaml")) if path.name != "base.yaml"]
+    assert len(paths) >= 5
+    assert all(load_config(path).name for path in paths)

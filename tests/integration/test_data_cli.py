@@ -37,7 +37,9 @@ def test_from_nothing_to_a_batch(tmp_path, capsys):
         }
     )
     tokenizer = load_tokenizer(config.tokenizer)
-    loader = train_loader(config, seed=0, tokenizer=tokenizer, rank=0, world_size=1, micro_batch_size=8)
+    loader = train_loader(
+        config, seed=0, tokenizer=tokenizer, rank=0, world_size=1, micro_batch_size=8, label_classes=450
+    )
     batch = next(iter(loader))
     assert batch.images.shape == (8, 3, 32, 32) and batch.labels.shape == (8, 450)
     assert set(batch.labels.unique().tolist()) == {0.0, 1.0}

@@ -308,7 +308,7 @@ def encode(image: torch.Tensor) -> bytes:
 
 def _as_jpeg(data: bytes, encoding: Encoding, where: str) -> tuple[bytes, int, int]:
     """Return (JPEG bytes, height, width); a JPEG that keeps its size is not encoded again."""
-    check_pixels(data, encoding.max_pixels, where)
+    check_pixels(data, encoding.max_pixels, where, "--max-pixels")
     image = decode_image(data, where)
     smaller = image if encoding.resize is None else shrink(image, encoding.resize)
     if smaller is not image or not data.startswith(_JPEG_START):

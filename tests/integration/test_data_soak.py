@@ -56,6 +56,8 @@ def resident(process: psutil.Process) -> int:
 
 @pytest.mark.slow
 @pytest.mark.timeout(MINUTES * 60 + 300)
+# pytest keeps every warning, and forked workers inherit that: torchvision's, one a decoded image, would look like a leak.
+@pytest.mark.filterwarnings("ignore")
 def test_loader_neither_grows_nor_leaks(tmp_path):
     samples = (
         Sample(f"s-{n:04d}", encoded(n, width=320, height=240), {"captions": captions_of(n)}) for n in range(SAMPLES)

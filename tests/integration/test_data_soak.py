@@ -56,7 +56,7 @@ def resident(process: psutil.Process) -> int:
 
 @pytest.mark.slow
 @pytest.mark.timeout(MINUTES * 60 + 300)
-# pytest keeps every warning, and forked workers inherit that: torchvision's, one a decoded image, would look like a leak.
+# pytest keeps every warning, and forked workers inherit that: torchvision's, one a decoded image, look like a leak.
 @pytest.mark.filterwarnings("ignore")
 def test_loader_neither_grows_nor_leaks(tmp_path):
     samples = (

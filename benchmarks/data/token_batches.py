@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import csv
 import itertools
-import json
 import os
 import statistics
 import sys
@@ -25,6 +24,7 @@ from pathlib import Path
 
 import torch
 
+import mmd2v
 from mmd2v.config.schema import Config, TokenizerConfig
 from mmd2v.data.batch import Batch
 from mmd2v.data.packing import Sample, write_shards
@@ -33,9 +33,11 @@ from mmd2v.data.token_batches import ShardLengths, TokenOrder
 from mmd2v.data.token_lengths import open_texts, write_lengths
 from mmd2v.data.tokenizers import Tokenizer, load_tokenizer
 from mmd2v.errors import UserError
+from mmd2v.files import write_json
 from mmd2v.models.packed import Layout
 from mmd2v.models.student import Student, build_student
 from mmd2v.report.machine import processor
+from mmd2v.train.run_dir import code_version
 
 
 def main() -> int:
@@ -67,7 +69,8 @@ def main() -> int:
     if args.json:
         conditions = {"texts": len(texts), "batch_tokens": args.tokens, "width": args.width, "layers": args.layers}
         machine = {"processor": processor(), "threads": torch.get_num_threads(), "torch": torch.__version__}
-        args.json.write_text(json.dumps({"conditions": conditions | machine, **rows}, indent=2) + "\n")
+        versions = {"mmd2v": mmd2v.__version__, "commit": code_version()}
+        write_json(args.json, {"conditions": conditions | machine | versions, **rows})
     return 0
 
 

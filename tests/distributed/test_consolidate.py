@@ -28,6 +28,7 @@ def stage_config(folder: Path, stage: int):
 def train_one_step(folder: Path) -> None:
     """What each rank does: a step at every stage, a checkpoint, the embeddings of the model in memory."""
     from mmd2v.config.load import dump_config
+    from mmd2v.data.stream import TrainFacts
     from mmd2v.distributed.environment import initialize
     from mmd2v.models.student import build_student
     from mmd2v.objectives import build_objectives
@@ -44,7 +45,7 @@ def train_one_step(folder: Path) -> None:
         engine.backward(losses["loss"])
         engine.step()
         run = folder / str(stage)
-        Checkpointer(run, 1, world).save(engine, describe(engine, config, world, 1, 4, 4))
+        Checkpointer(run, 1, world).save(engine, describe(engine, config, world, 1, 4, TrainFacts(4, "layout")))
         student.eval()
         with torch.no_grad():
             embedding = student(random_batch(4, seed=9)).embedding

@@ -1,0 +1,77 @@
+"""The config's `teachers` and `objectives` sections."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from mmd2v.config.section import Fraction, PositiveInt, Section, Triple
+
+
+class TeacherConfig(Section):
+    """A frozen model whose outputs the student learns to produce."""
+
+    name: str = Field(description="`timm:NAME[@WEIGHTS]`, `hf:NAME-or-folder` or `mmd2v:EXPORT-FOLDER`")
+    kwargs: dict[str, Any] = Field(default_factory=dict, description="keyword arguments of timm.create_model")
+    modality: Literal["image", "text"] = Field("image", description="which part of a sample it sees")
+    image_size: PositiveInt | None = Field(None, description="side of its input, in pixels; none: its published one")
+    mean: Triple | None = Field(None, description="channel means it subtracts; none: its published ones")
+    std: Triple | None = Field(None, description="channel deviations it divides by; none: its published ones")
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
+        "auto", description="arithmetic of its forward pass; auto: half precision where the device has it, else fp32"
+    )
+    pooling: Literal["cls", "mean"] = Field(
+        "cls", description="of a Hugging Face teacher: its first token or the mean over its real tokens"
+    )
+    outputs: str | None = Field(
+        None,
+        description="folder that `mmd2v data annotate` wrote: training replays what it holds and does not load the "
+        "model, if that is what it would give in the whole run (else it runs, and a line says why)",
+    )
+
+
+class ObjectiveConfig(Section):
+    """Fields every term of the loss shares."""
+
+    weight: float = Field(1.0, description="factor of this term in the sum")
+
+
+class CLSRegressionConfig(ObjectiveConfig):
+    """Regress the teacher's CLS from each modality's pooled output (the source's multimodal loss)."""
+
+    kind: Literal["cls_regression"] = Field("cls_regression", description="regression of a teacher's CLS")
+    teacher: str = Field(
+        description="key in `teachers`, or `encoder:MODALITY`: the pooled feature of the student's own frozen timm "
+        "encoder, which then serves as teacher without a second forward pass"
+    )
+    normalize: Literal["none", "layer_norm", "l2"] = Field(
+        "none", description="parameter-free normalisation of the target over its channels"
+    )
+    modalities: list[str] = Field(default_factory=list, description="who is regressed; none named: every modality")
+    head: Literal["none", "linear", "norm_linear", "mlp"] = Field(
+        "norm_linear", description="map from the student's width to the teacher's; none needs equal widths"
+    )
+    shared_head: bool = Field(True, description="one head for all modalities")
+    loss: Literal["mse", "smooth_l1", "cosine"] = Field("mse", description="distance to the target")
+
+
+class ContrastiveConfig(ObjectiveConfig):
+    """Symmetric InfoNCE between two modalities, negatives from all ranks with gradient."""
+
+    kind: Literal["contrastive"] = Field("contrastive", description="InfoNCE between two modalities")
+    temperature: float = Field(0.07, ge=0.01, le=1, description="initial softmax temperature")
+    learned: bool = Field(True, description="learn the temperature, its inverse clamped to [1, 100]")
+    label_smoothing: Fraction = Field(0.0, description="probability mass spread evenly over the negatives")
+
+
+class AttributesConfig(ObjectiveConfig):
+    """Multi-label classification of a sample's known attributes (binary cross-entropy)."""
+
+    kind: Literal["attributes"] = Field("attributes", description="classification of known attributes")
+    modality: str = Field("image", description="whose pooled output is classified")
+    classes: PositiveInt = Field(description="length of the label vector named by data.labels")
+    prior: float = Field(0.5, gt=0, lt=1, description="probability every attribute starts with")
+
+
+AnyObjective = Annotated[CLSRegressionConfig | ContrastiveConfig | AttributesConfig, Field(discriminator="kind")]

@@ -1,0 +1,85 @@
+"""The config's sections on how a run is computed and kept: `optimizer`, `engine`, `checkpoint` and the like."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import Field
+
+from mmd2v.config.section import Fraction, NonNegativeInt, PositiveInt, Rate, Section
+
+Precision = Literal["fp32", "bf16", "bf16_autocast", "fp16"]
+
+
+class ParameterGroupConfig(Section):
+    """Parameters that are trained differently."""
+
+    match: str = Field(description="wildcard over parameter names, such as `layers.*.text.*`")
+    lr_multiplier: float = Field(1.0, ge=0, description="factor on the learning rate")
+    weight_decay: float | None = Field(None, ge=0, description="own weight decay; none: the optimiser's")
+
+
+class OptimizerConfig(Section):
+    """Optimiser and learning-rate schedule."""
+
+    name: Literal["auto", "adamw", "deepspeed_adam", "apex_adam"] = Field(
+        "auto", description="adamw: torch; deepspeed_adam: FusedAdam on CUDA, CPUAdam on CPU; apex_adam: NVIDIA apex"
+    )
+    lr: float = Field(5e-4, gt=0, description="peak learning rate")
+    betas: tuple[Rate, Rate] = Field((0.9, 0.98), description="decay of Adam's two averages")
+    eps: float = Field(1e-6, gt=0, description="Adam's epsilon")
+    weight_decay: float = Field(0.01, ge=0, description="decoupled weight decay")
+    decay_all: bool = Field(
+        False, description="decay 1-D parameters, CLS, positions and embeddings too (the source does)"
+    )
+    schedule: Literal["cosine", "linear", "constant"] = Field("cosine", description="shape after the warm-up")
+    warmup: float = Field(0.1, ge=0, description="warm-up: a fraction of all steps if < 1, else a number of steps")
+    min_lr_ratio: Fraction = Field(0.0, description="final learning rate as a fraction of the peak")
+    clip_norm: float | None = Field(None, gt=0, description="largest global gradient norm; none: no clipping")
+    groups: list[ParameterGroupConfig] = Field(
+        default_factory=list, description="parameters with settings of their own; the first match wins"
+    )
+
+
+class EngineConfig(Section):
+    """How a step is computed on the ranks."""
+
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: CUDA when there is one")
+    batch_size: PositiveInt | None = Field(
+        256, description="images (without images: samples) a step over all ranks; none under data.batch_tokens"
+    )
+    micro_batch_size: PositiveInt | None = Field(
+        None, description="images a rank and forward pass; none: batch_size / ranks (no accumulation)"
+    )
+    precision: Precision = Field(
+        "bf16_autocast", description="bf16_autocast: fp32 weights, bf16 products; bf16 / fp16: DeepSpeed's own modes"
+    )
+    zero_stage: Literal[0, 1, 2, 3] = Field(1, description="what DeepSpeed shards: 1 optimiser, 2 gradients, 3 weights")
+    zero3_persistence_threshold: NonNegativeInt = Field(
+        100_000, description="ZeRO-3 keeps parameters of fewer elements whole on every rank"
+    )
+    deepspeed: dict[str, Any] = Field(
+        default_factory=dict, description="further DeepSpeed options, merged over the generated dictionary"
+    )
+
+
+class CheckpointConfig(Section):
+    """What is kept of a run."""
+
+    every: PositiveInt | None = Field(None, description="steps between checkpoints; none: only at the end")
+    keep: PositiveInt = Field(2, description="newest checkpoints kept")
+
+
+class EvaluationConfig(Section):
+    """Recall during training."""
+
+    every: PositiveInt | None = Field(None, description="steps between evaluations; none: only at the end")
+    at_start: bool = Field(False, description="evaluate the untrained model too")
+    batch_size: PositiveInt = Field(128, description="images a rank and forward pass")
+
+
+class LoggingConfig(Section):
+    """What a person sees."""
+
+    every: PositiveInt = Field(10, description="steps between lines")
+    tensorboard: bool = Field(True, description="write TensorBoard events beside metrics.jsonl")

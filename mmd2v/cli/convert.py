@@ -34,7 +34,7 @@ def main(argv: Sequence[str]) -> int:
     conversion = convert(command.checkpoint, command.out, command.heads)
     sizes = conversion.architecture.model_dump(exclude_none=True)
     print(f"family        {conversion.family}")
-    print(f"architecture  {', '.join(f'{name} {value:g}' for name, value in sizes.items())}")
+    print(f"architecture  {', '.join(f'{name} {value}' for name, value in sizes.items())}")
     print(f"taken         {len(conversion.state)} keys, {sum(t.numel() for t in conversion.state.values()):,} numbers")
     ignored = ", ".join(f"{keys} ({count})" for keys, count in conversion.ignored.items())
     print(f"ignored       {sum(conversion.ignored.values())} keys{ignored and ': '}{ignored}")

@@ -10,6 +10,7 @@ import torch
 from mmd2v.config.schema import TeacherConfig
 from mmd2v.data.annotation_settings import digest
 from mmd2v.errors import UserError
+from mmd2v.models.checkpoints import converted
 from mmd2v.models.teachers.base import teacher_dtype
 
 _HF_SETTINGS = ("config.json", "preprocessor_config.json")
@@ -34,6 +35,9 @@ def teacher_settings(config: TeacherConfig, device: torch.device, where: str) ->
         name, folder = kind, Path(rest)
         # Its encoders' own configurations are in there too, but no file of the folder that people may add.
         files = [folder / "model.safetensors", folder / "config.yaml", *sorted(folder.glob("encoders/*/config.json"))]
+    elif kind in converted.FAMILIES:
+        name, folder = kind, Path(rest)
+        files = [folder / converted.WEIGHTS_FILE, folder / converted.CONFIG_FILE]
     elif kind == "hf" and Path(rest).is_dir():
         name, folder = kind, Path(rest)
         found = [folder / file for file in _HF_SETTINGS if (folder / file).is_file()]

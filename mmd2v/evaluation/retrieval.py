@@ -101,18 +101,25 @@ def _metrics(counts: RankCounts, caption_image_N: torch.Tensor, images: int) -> 
     }
     metrics: Metrics = {}
     for name, (count, _, _) in sides.items():
-        rank_, best, worst = count[0] + count[1], count[0], count.sum(0)
-        for k in RECALL_AT:
-            metrics[f"{name}_R@{k}"] = _share_below(rank_, k)
-            if _share_below(worst, k) != _share_below(best, k):
-                metrics[f"{name}_R@{k}_worst"] = _share_below(worst, k)
-                metrics[f"{name}_R@{k}_best"] = _share_below(best, k)
+        metrics |= recall_bounds(name, count, RECALL_AT)
     for name, (count, _, _) in sides.items():
         metrics[f"{name}_median_rank"] = (count[0] + count[1] + 1).double().quantile(0.5).item()
     for name, (_, candidates, positives) in sides.items():
         for k in RECALL_AT:
             metrics[f"chance_{name}_R@{k}"] = chance_recall(candidates, positives, k)
     return {**metrics, "images": images, "captions": len(caption_image_N)}
+
+
+def recall_bounds(name: str, count_3N: torch.Tensor, at: Iterable[int]) -> Metrics:
+    """Return ``NAME_R@k`` of one side of `RankCounts`; ``_worst`` and ``_best`` where equal scores leave it open."""
+    rank_, best, worst = count_3N[0] + count_3N[1], count_3N[0], count_3N.sum(0)
+    metrics: Metrics = {}
+    for k in at:
+        metrics[f"{name}_R@{k}"] = _share_below(rank_, k)
+        if _share_below(worst, k) != _share_below(best, k):
+            metrics[f"{name}_R@{k}_worst"] = _share_below(worst, k)
+            metrics[f"{name}_R@{k}_best"] = _share_below(best, k)
+    return metrics
 
 
 def _share_below(ranks: torch.Tensor, k: int) -> float:

@@ -15,6 +15,7 @@ from mmd2v.data.annotation_record import Annotation
 from mmd2v.data.tokenizers import Tokenizer
 from mmd2v.errors import UserError, unknown_name
 from mmd2v.models.teachers.base import Targets, Teacher
+from mmd2v.models.teachers.beit2 import BEiT2Teacher
 from mmd2v.models.teachers.exported import ExportTeacher
 from mmd2v.models.teachers.hf import hf_teacher
 from mmd2v.models.teachers.replay import ReplayTeacher
@@ -24,6 +25,7 @@ TEACHERS: dict[str, Callable[[str, TeacherConfig, str], Teacher]] = {
     "timm": TimmTeacher,
     "hf": hf_teacher,
     "mmd2v": ExportTeacher,
+    "beit2": BEiT2Teacher,
 }
 """Prefix of a teacher's name → (rest of the name, config, where in the config) → teacher."""
 

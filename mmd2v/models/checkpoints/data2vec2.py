@@ -56,17 +56,15 @@ def convert_data2vec2(content: Any, path: Path, heads: int | None = None) -> Con
     payload = payload_of(content, path)
     modality = modality_of(payload)
     assert modality is not None  # the caller has looked
-    prefix = (
-        FINE_TUNED_PREFIX if any(key.startswith(f"{FINE_TUNED_PREFIX}modality_encoders.") for key in payload) else ""
-    )
+    fine_tuned = any(key.startswith(f"{FINE_TUNED_PREFIX}modality_encoders.") for key in payload)
+    prefix = FINE_TUNED_PREFIX if fine_tuned else ""
     encoder = f"{prefix}modality_encoders.{_MODALITIES[modality]}."
-    ignored = tuple(prefix + pattern for pattern in _PRETRAINING) + (_HEADS if prefix else ())
+    ignored = tuple(prefix + pattern for pattern in _PRETRAINING) + (_HEADS if fine_tuned else ())
     if modality == "image":
-        wanted, sizes = _image_encoder(payload, encoder, path)
+        width, wanted, sizes = _image_encoder(payload, encoder, path)
         ignored += (f"{encoder}fixed_positional_encoder.positions",)  # computed again, and compared above
     else:
-        wanted, sizes = _text_encoder(payload, encoder, path)
-    width = next(iter(wanted.values())).shape[0 if modality == "image" else 1]
+        width, wanted, sizes = _text_encoder(payload, encoder, path)
     # Blocks that a modality owns run first, after its norm.
     sources = [
         f"{start}{index}"
@@ -94,7 +92,11 @@ def convert_data2vec2(content: Any, path: Path, heads: int | None = None) -> Con
     return Conversion(f"data2vec2-{modality}", architecture, state, left_out)
 
 
-def _image_encoder(payload: Mapping[str, Any], encoder: str, path: Path) -> tuple[dict[str, Wanted], dict[str, int]]:
+_Part = tuple[int, dict[str, Wanted], dict[str, int]]
+"""D, their keys → our tensors, sizes that only this modality has."""
+
+
+def _image_encoder(payload: Mapping[str, Any], encoder: str, path: Path) -> _Part:
     projection = f"{encoder}local_encoder.proj."
     width, channels, patch, patch_width = shape_of(payload, f"{projection}weight", 4, path)
     if channels != 3 or patch != patch_width:
@@ -110,7 +112,7 @@ def _image_encoder(payload: Mapping[str, Any], encoder: str, path: Path) -> tupl
         f"{encoder}context_encoder.norm.weight": Wanted("encoders.image.grid.norm.weight", (width,)),
         f"{encoder}context_encoder.norm.bias": Wanted("encoders.image.grid.norm.bias", (width,)),
     }
-    return wanted, {"image_size": side * patch, "patch_size": patch}
+    return width, wanted, {"image_size": side * patch, "patch_size": patch}
 
 
 def _check_positions(positions_1GD: torch.Tensor, key: str, side: int, width: int, path: Path) -> None:
@@ -127,7 +129,7 @@ def _check_positions(positions_1GD: torch.Tensor, key: str, side: int, width: in
         )
 
 
-def _text_encoder(payload: Mapping[str, Any], encoder: str, path: Path) -> tuple[dict[str, Wanted], dict[str, int]]:
+def _text_encoder(payload: Mapping[str, Any], encoder: str, path: Path) -> _Part:
     local = f"{encoder}local_encoder."
     vocabulary, width = shape_of(payload, f"{local}embed_tokens.weight", 2, path)
     positions, _ = shape_of(payload, f"{local}embed_positions.weight", 2, path)
@@ -137,7 +139,7 @@ def _text_encoder(payload: Mapping[str, Any], encoder: str, path: Path) -> tuple
         f"{local}layernorm_embedding.weight": Wanted("encoders.text.norm.weight", (width,)),
         f"{local}layernorm_embedding.bias": Wanted("encoders.text.norm.bias", (width,)),
     }
-    return wanted, {"vocab_size": vocabulary, "positions": positions}
+    return width, wanted, {"vocab_size": vocabulary, "positions": positions}
 
 
 def _block(source: str, index: int, modality: str, width: int, hidden: int) -> Iterator[tuple[str, Wanted]]:

@@ -145,8 +145,9 @@ class Pairs(_OfExport):
     """mrpc: the MSR paraphrase corpus; qqp: Quora's pairs with CSV quoting; qqp_glue: GLUE's file, without."""
     limit: Annotated[int, arg(metavar="N")] = 25_000
     """Use the first N positive pairs at most."""
-    pooling: Literal["embedding", "cls", "mean"] = "embedding"
-    """embedding: the export's own text embedding; cls, mean: of the last layer's tokens, padding left out."""
+    pooling: Literal["embedding", "cls", "mean", "mean_padded"] = "embedding"
+    """embedding: the export's own text embedding; cls, mean: of the last layer's tokens, padding left out; mean_padded:
+    padding counted, of an export whose text encoder computes it."""
 
     def run(self) -> int:
         """Measure and print recall."""

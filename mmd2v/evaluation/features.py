@@ -9,19 +9,22 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Literal, get_args
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
 from mmd2v.data.batch import Batch
 from mmd2v.errors import UserError, unknown_name
 from mmd2v.inference import Encoder, ImageInput
+from mmd2v.models.packed import Packed
 from mmd2v.models.student import StudentOutput
 
 ImageFeature = Literal["embedding", "pooled"]
 """embedding: what retrieval compares; pooled: the vector before the projection."""
 
-TextPooling = Literal["embedding", "cls", "mean"]
-"""embedding: what retrieval compares; cls, mean: of the last layer, after the final norm, over real tokens."""
+TextPooling = Literal["embedding", "cls", "mean", "mean_padded"]
+"""embedding: what retrieval compares; cls, mean: of the last layer, after the final norm, over real tokens;
+mean_padded: over the rows of padding too, where the encoder computes any."""
 
 
 def modality_of(encoder: Encoder, kind: str, what: str) -> str:
@@ -69,24 +72,34 @@ def text_features(
         owner_N = torch.zeros(len(lengths_N), dtype=torch.int64, device=encoder.device)
         ids = torch.from_numpy(ids_R).to(encoder.device)
         output = _outputs(encoder, Batch(images, ids, torch.from_numpy(lengths_N), owner_N), name)
-        parts.append(F.normalize(_pool(encoder, output, name, pooling), dim=-1))
+        if output.tokens is None:
+            raise UserError(f"pooling '{pooling}' needs the rows of the last layer, which this encoder does not give")
+        with torch.no_grad():
+            normed = Packed(encoder.student.norm(output.tokens.x_TD.float()), output.tokens.layout)
+            parts.append(F.normalize(pool_rows(normed, name, lengths_N, pooling), dim=-1))
     return torch.cat(parts)
+
+
+def pool_rows(tokens: Packed, modality: str, real_N: np.ndarray, pooling: TextPooling) -> torch.Tensor:
+    """Return [N, D] of the rows of a modality, of whose texts the first ``real_N`` [N] rows are no padding."""
+    rows_RD, layout = tokens[modality], tokens.layout
+    if pooling == "cls":
+        return rows_RD[layout.first_rows(modality)]
+    counted_N = layout.lengths[modality]
+    owner_R = layout.sequence_of_row(modality)
+    if pooling == "mean_padded":
+        if len(counted_N) > 1 and counted_N.min() < counted_N.max():
+            raise UserError(
+                "pooling 'mean_padded' needs rows of padding, which this encoder does not compute; expected an export "
+                "whose text encoder pads its texts, or pooling cls, mean or embedding"
+            )
+    else:
+        is_real_R = layout.position_of_row(modality) < torch.from_numpy(real_N).to(owner_R)[owner_R]
+        rows_RD, owner_R, counted_N = rows_RD[is_real_R], owner_R[is_real_R], real_N
+    total_ND = rows_RD.new_zeros(len(counted_N), rows_RD.shape[1]).index_add(0, owner_R, rows_RD)
+    return total_ND / torch.from_numpy(counted_N).to(total_ND)[:, None]
 
 
 def _outputs(encoder: Encoder, batch: Batch, modality: str) -> StudentOutput:
     with torch.no_grad(), encoder.autocast():
         return encoder.student(batch, (modality,))
-
-
-def _pool(encoder: Encoder, output: StudentOutput, modality: str, pooling: str) -> torch.Tensor:
-    """Return fp32 [N, D] of the last layer's rows."""
-    if output.tokens is None:
-        raise UserError(f"pooling '{pooling}' needs the rows of the last layer, which this encoder does not give")
-    rows_RD, layout = output.tokens[modality], output.tokens.layout
-    with torch.no_grad():
-        if pooling == "cls":
-            return encoder.student.norm(rows_RD[layout.first_rows(modality)].float())
-        rows_RD = encoder.student.norm(rows_RD.float())
-    lengths_N = layout.lengths_on_device(modality)
-    total_ND = rows_RD.new_zeros(len(lengths_N), rows_RD.shape[1])
-    return total_ND.index_add(0, layout.sequence_of_row(modality), rows_RD) / lengths_N[:, None]

@@ -13,8 +13,9 @@ import mmd2v
 from mmd2v.cli.main import main
 from mmd2v.data.pair_files import read_pairs
 from mmd2v.errors import UserError
-from mmd2v.evaluation.features import text_features
+from mmd2v.evaluation.features import pool_rows, text_features
 from mmd2v.evaluation.text_pairs import PAIR_LIMIT, pair_metrics, pairs_of_file
+from mmd2v.models.packed import Layout, Packed
 
 NUMBERS = [f"{side}_R@{k}" for side in ("second_to_first", "first_to_second") for k in (1, 5)]
 
@@ -157,6 +158,17 @@ def test_poolings(export):
     assert not torch.allclose(rows["cls"], rows["mean"], atol=1e-2)
     with pytest.raises(UserError, match=r"pooling: unknown name 'meen'\. Did you mean 'mean'"):
         text_features(encoder, texts, "meen")
+
+
+def test_rows_of_padding_count_only_where_they_are_asked_for():
+    layout = Layout.build({"image": [1], "text": [3, 3]}, torch.device("cpu"))
+    rows = Packed(torch.tensor([[9.0], [1], [3], [8], [4], [2], [0]]), layout)
+    real = np.array([2, 1])
+    pooled = {name: pool_rows(rows, "text", real, name).flatten().tolist() for name in ("cls", "mean", "mean_padded")}
+    assert pooled == {"cls": [1, 4], "mean": [2, 4], "mean_padded": [4, 2]}
+    packed = Packed(rows.x_TD[:4], Layout.build({"text": [3, 1]}, torch.device("cpu")))
+    with pytest.raises(UserError, match="'mean_padded' needs rows of padding"):
+        pool_rows(packed, "text", np.array([3, 1]), "mean_padded")
 
 
 @pytest.mark.parametrize("pooling", ["embedding", "cls", "mean"])

@@ -11,7 +11,7 @@ from pathlib import Path
 from safetensors.torch import save_file
 
 from mmd2v.config.load import dump_config, load_config
-from mmd2v.config.schema import AnyEncoder, Config, SourceConfig, TrainSetConfig
+from mmd2v.config.schema import AnyEncoder, Config, InitConfig, LayerConfig, SourceConfig, TrainSetConfig
 from mmd2v.data.tokenizers import Tokenizer, load_tokenizer
 from mmd2v.errors import UserError, nearest
 from mmd2v.files import atomic_path, write_text
@@ -111,18 +111,26 @@ def _portable_config(config: Config, tokenizer: Tokenizer | None, folder: Path) 
         path = (Path(_TOKENIZER_FOLDER) / saved["path"]).as_posix()
         data = data.model_copy(update={"tokenizer": data.tokenizer.model_copy(update={**saved, "path": path})})
     encoders = {name: _portable_encoder(name, encoder, folder) for name, encoder in config.model.encoders.items()}
-    layers = [
-        layer.model_copy(
-            update={"init": {k: v.model_copy(update={"source": _public_name(v.source)}) for k, v in layer.init.items()}}
-        )
-        for layer in config.model.layers
-    ]
+    layers = [layer.model_copy(update={"init": _portable_init(layer)}) for layer in config.model.layers]
     teachers = {
         name: teacher.model_copy(update={"name": _public_name(teacher.name), "outputs": None})
         for name, teacher in config.teachers.items()
     }
-    model = config.model.model_copy(update={"encoders": encoders, "layers": layers})
+    sources = {name: _public_name(source) for name, source in config.model.sources.items()}
+    model = config.model.model_copy(update={"encoders": encoders, "layers": layers, "sources": sources})
     return config.model_copy(update={"run_dir": config.name, "data": data, "model": model, "teachers": teachers})
+
+
+def _portable_init(layer: LayerConfig) -> dict[str, InitConfig | list[InitConfig]]:
+    """Name the sources of first weights without the folders of this machine."""
+
+    def portable(init: InitConfig) -> InitConfig:
+        return init.model_copy(update={"source": _public_name(init.source)})
+
+    return {
+        owner: [portable(init) for init in found] if isinstance(found, list) else portable(found)
+        for owner, found in layer.init.items()
+    }
 
 
 def _portable_train(train: TrainSetConfig) -> TrainSetConfig:
@@ -143,7 +151,7 @@ def _portable_encoder(name: str, encoder: AnyEncoder, folder: Path) -> AnyEncode
         except (OSError, ValueError) as error:
             raise UserError(f"model.encoders.{name}.name: '{encoder.name}' has no usable config: {error}") from error
         return encoder.model_copy(update={"name": relative.as_posix()})
-    if encoder.kind == "timm":
+    if hasattr(encoder, "weights"):
         return encoder.model_copy(update={"weights": None})
     return encoder
 

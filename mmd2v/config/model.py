@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from mmd2v.config.section import NonNegativeInt, PositiveInt, Rate, Section, Triple
+from mmd2v.config.section import NonNegativeInt, Positive, PositiveInt, Rate, Section, Triple
 
 
 class EncoderConfig(Section):
@@ -22,6 +22,7 @@ class EncoderConfig(Section):
         "learned", description="position embedding added after the bridge (not for the CLS under sincos)"
     )
     norm: bool = Field(False, description="LayerNorm on the encoder's tokens before they enter the layers")
+    norm_eps: float = Field(1e-5, gt=0, description="epsilon of that LayerNorm")
     dropout: Rate = Field(0.0, description="dropout probability on the tokens that enter the layers")
     token_drop: Rate = Field(
         0.0, description="fraction of an image's tokens left out at random in training (never the CLS); images only"
@@ -31,9 +32,12 @@ class EncoderConfig(Section):
 class PatchEncoderConfig(EncoderConfig):
     """Image → non-overlapping patches through one strided convolution (ViT)."""
 
-    kind: Literal["patch"] = Field("patch", description="patches of the pixels, trained from scratch")
+    kind: Literal["patch"] = Field("patch", description="patches of the pixels")
     input: Literal["image"] = Field("image", description="the part of a sample it sees")
     patch_size: PositiveInt = Field(16, description="side of a patch, in pixels")
+    weights: str | None = Field(
+        None, description="`data2vec2-image:FOLDER` or `mmd2v:EXPORT` whose patch encoder it starts from; none: random"
+    )
 
 
 class TimmEncoderConfig(EncoderConfig):
@@ -53,10 +57,24 @@ class TimmEncoderConfig(EncoderConfig):
 
 
 class TokenEncoderConfig(EncoderConfig):
-    """Token ids → an embedding table trained from scratch."""
+    """Token ids → an embedding table and learned positions."""
 
-    kind: Literal["tokens"] = Field("tokens", description="an embedding table trained from scratch")
+    kind: Literal["tokens"] = Field("tokens", description="an embedding table and learned positions")
     input: Literal["text"] = Field("text", description="the part of a sample it sees")
+    weights: str | None = Field(
+        None, description="`data2vec2-text:FOLDER` or `mmd2v:EXPORT` whose tables it starts from; none: random"
+    )
+    first_position: NonNegativeInt = Field(
+        0, description="row of the position table that the first token takes; fairseq's models count from 2"
+    )
+    position_rows: PositiveInt | None = Field(
+        None, description="rows of the position table; none: data.tokenizer.max_length + first_position"
+    )
+    padding: Literal["none", "longest", "max_length"] = Field(
+        "none",
+        description="rows of padding up to the batch's longest text or to data.tokenizer.max_length, which attention "
+        "does not see: only to reproduce losses and means that count padding",
+    )
 
 
 class HFTextEncoderConfig(EncoderConfig):
@@ -76,9 +94,16 @@ AnyEncoder = Annotated[
 class InitConfig(Section):
     """Pretrained blocks a group of layers starts from."""
 
-    source: str = Field(description="where the blocks come from: `hf:FOLDER-or-name`, `mmd2v:EXPORT-FOLDER`")
+    source: str = Field(
+        description="where the blocks come from: `hf:FOLDER-or-name`, `mmd2v:EXPORT`, `data2vec2-image:FOLDER`, "
+        "`data2vec2-text:FOLDER`, `beit2:FOLDER`, or a name in model.sources"
+    )
     first: NonNegativeInt = Field(0, description="index of the source block that the group's first layer takes")
+    step: PositiveInt = Field(1, description="source blocks from one layer to the next; 2 takes every second block")
     modality: str | None = Field(None, description="which modality's blocks of an mmd2v export; none: the same one")
+    parts: Literal["both", "attention", "mlp"] = Field(
+        "both", description="the halves of a block (each with its norm) that are taken over"
+    )
 
 
 class LayerConfig(Section):
@@ -92,14 +117,25 @@ class LayerConfig(Section):
     count: PositiveInt = Field(1, description="number of such layers in a row")
     modalities: list[str] | None = Field(None, description="modalities that pass through; others skip; none: all")
     norm: Literal["pre", "post"] = Field("pre", description="where the LayerNorms stand")
-    eps: float = Field(1e-6, gt=0, description="epsilon of the LayerNorms")
+    eps: Positive | dict[str, Positive] = Field(
+        1e-6, description="epsilon of the LayerNorms, or owner → epsilon (owners not named: 1e-6)"
+    )
+    sub_norm: bool = Field(
+        False, description="further LayerNorms before the output maps of attention and MLP (BEiT-3's sub-LN)"
+    )
+    joint_expert: bool = Field(
+        False,
+        description="a further MLP for all rows where image and text are one sequence (VLMo's third expert)",
+    )
     heads: PositiveInt | None = Field(None, description="attention heads; none: model.heads")
     mlp_ratio: float = Field(4.0, gt=0, description="hidden width of the MLP as a multiple of the width")
     layer_scale: float | None = Field(None, description="initial value of the residual branches' learned scale")
     drop_path: Rate = Field(0.0, description="probability that a sequence skips a residual branch in training")
     dropout: Rate = Field(0.0, description="dropout probability on each branch's output in training")
-    init: dict[str, InitConfig] = Field(
-        default_factory=dict, description="modality → pretrained blocks; `shared` names the shared parts"
+    init: dict[str, InitConfig | list[InitConfig]] = Field(
+        default_factory=dict,
+        description="modality → pretrained blocks; `shared` names the shared parts, `joint` the joint expert. A list "
+        "takes them in turn: attention from one source and MLP from another, say",
     )
 
     @model_validator(mode="after")
@@ -109,6 +145,15 @@ class LayerConfig(Section):
         if self.kind is not None and (self.attention is not None or self.mlp is not None):
             raise ValueError("give either `kind` or `attention` and `mlp`, not both")
         return self
+
+    def eps_of(self, owner: str) -> float:
+        """Return the LayerNorms' epsilon of an owner's weights."""
+        return self.eps.get(owner, 1e-6) if isinstance(self.eps, dict) else self.eps
+
+    def inits_of(self, owner: str) -> list[InitConfig]:
+        """Return the sources of an owner's weights, in turn."""
+        found = self.init.get(owner, [])
+        return found if isinstance(found, list) else [found]
 
     @property
     def attention_owner(self) -> str:
@@ -137,9 +182,24 @@ class ModelConfig(Section):
     heads: PositiveInt = Field(12, description="attention heads a layer")
     encoders: dict[str, AnyEncoder] = Field(description="modality name → its encoder")
     layers: list[LayerConfig] = Field(default_factory=list, description="groups of layers, first to last")
+    sources: dict[str, str] = Field(
+        default_factory=dict,
+        description="name → source of blocks that `init` may name, changed in one place",
+    )
+    token_types: Literal["none", "input", "shared"] = Field(
+        "none",
+        description="a learned vector a modality, added to its rows before the first layer or before the first one "
+        "with shared weights",
+    )
+    joint_from: NonNegativeInt | None = Field(
+        None,
+        description="index of the first layer (counting each of a group) that a pair's image and text pass as one "
+        "sequence, for objectives that ask for pairs; the layers before it are run once",
+    )
     final_norm: bool = Field(True, description="LayerNorm after the last layer")
-    pooling: dict[str, Literal["cls", "mean"]] = Field(
-        default_factory=dict, description="modality → cls or mean over its real tokens; default cls"
+    pooling: dict[str, Literal["cls", "mean", "mean_padded"]] = Field(
+        default_factory=dict,
+        description="modality → cls, mean over its real tokens, or mean over rows of padding too; default cls",
     )
     projection: ProjectionConfig = Field(
         default_factory=ProjectionConfig, description="from the pooled sequence to the embedding"

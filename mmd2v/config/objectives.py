@@ -12,7 +12,10 @@ from mmd2v.config.section import Fraction, PositiveInt, Section, Triple
 class TeacherConfig(Section):
     """A frozen model whose outputs the student learns to produce."""
 
-    name: str = Field(description="`timm:NAME[@WEIGHTS]`, `hf:NAME-or-folder` or `mmd2v:EXPORT-FOLDER`")
+    name: str = Field(
+        description="`timm:NAME[@WEIGHTS]`, `hf:NAME-or-folder`, `mmd2v:EXPORT`, or a folder of `mmd2v convert`: "
+        "`data2vec2-image:FOLDER`, `data2vec2-text:FOLDER`, `beit2:FOLDER`"
+    )
     kwargs: dict[str, Any] = Field(default_factory=dict, description="keyword arguments of timm.create_model")
     modality: Literal["image", "text"] = Field("image", description="which part of a sample it sees")
     image_size: PositiveInt | None = Field(None, description="side of its input, in pixels; none: its published one")
@@ -23,6 +26,11 @@ class TeacherConfig(Section):
     )
     pooling: Literal["cls", "mean"] = Field(
         "cls", description="of a Hugging Face teacher: its first token or the mean over its real tokens"
+    )
+    shared_encoder: str | None = Field(
+        None,
+        description="modality of the student whose encoder, frozen and with this teacher's own weights, runs once for "
+        "both",
     )
     outputs: str | None = Field(
         None,
@@ -65,6 +73,44 @@ class ContrastiveConfig(ObjectiveConfig):
     label_smoothing: Fraction = Field(0.0, description="probability mass spread evenly over the negatives")
 
 
+class LayerResultsConfig(ObjectiveConfig):
+    """Regress the teacher's averaged layer results at every token: unimodal distillation, and data2vec's target."""
+
+    kind: Literal["layer_results"] = Field("layer_results", description="regression of averaged layer results")
+    teacher: str = Field(description="key in `teachers`; it must see the same modality, in as many tokens")
+    modality: str = Field(description="whose layers' results are regressed")
+    loss: Literal["mse", "smooth_l1"] = Field("mse", description="distance to the target")
+    final_norm: bool | None = Field(
+        None, description="LayerNorm without weights on both averages; none: for images, not for text (data2vec 2.0)"
+    )
+    count_padding: bool = Field(
+        False, description="padding counts in statistics and mean, as in the source; needs the encoder's `padding`"
+    )
+    keep: Fraction = Field(
+        1.0,
+        gt=0,
+        description="share of the tokens that count, by the teacher's CLS attention; the CLS always does",
+    )
+    keep_by: Literal["most", "least"] = Field(
+        "most", description="under `keep`: the tokens that the teacher's CLS attends to most, or least"
+    )
+
+
+class TokenRegressionConfig(ObjectiveConfig):
+    """Regress the teacher's last tokens one by one: a CNN's feature map too, if the student's grid is the same."""
+
+    kind: Literal["token_regression"] = Field("token_regression", description="regression of the teacher's tokens")
+    teacher: str = Field(description="key in `teachers`; of as many tokens as the student, with CLS or without")
+    modality: str = Field(description="whose tokens are regressed")
+    normalize: Literal["none", "layer_norm"] = Field(
+        "layer_norm", description="parameter-free normalisation of each target token over its channels"
+    )
+    head: Literal["none", "linear", "norm_linear", "mlp"] = Field(
+        "norm_linear", description="map from the student's width to the teacher's; none needs equal widths"
+    )
+    loss: Literal["mse", "smooth_l1", "cosine"] = Field("mse", description="distance to the target")
+
+
 class AttributesConfig(ObjectiveConfig):
     """Multi-label classification of a sample's known attributes (binary cross-entropy)."""
 
@@ -74,4 +120,7 @@ class AttributesConfig(ObjectiveConfig):
     prior: float = Field(0.5, gt=0, lt=1, description="probability every attribute starts with")
 
 
-AnyObjective = Annotated[CLSRegressionConfig | ContrastiveConfig | AttributesConfig, Field(discriminator="kind")]
+AnyObjective = Annotated[
+    CLSRegressionConfig | LayerResultsConfig | TokenRegressionConfig | ContrastiveConfig | AttributesConfig,
+    Field(discriminator="kind"),
+]

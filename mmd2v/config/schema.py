@@ -33,8 +33,10 @@ from mmd2v.config.objectives import (
     AttributesConfig,
     CLSRegressionConfig,
     ContrastiveConfig,
+    LayerResultsConfig,
     ObjectiveConfig,
     TeacherConfig,
+    TokenRegressionConfig,
 )
 from mmd2v.config.section import (
     Fraction,
@@ -73,6 +75,7 @@ __all__ = [
     "ImageTransformConfig",
     "InitConfig",
     "LayerConfig",
+    "LayerResultsConfig",
     "LoggingConfig",
     "MixedSetConfig",
     "ModelConfig",
@@ -92,6 +95,7 @@ __all__ = [
     "TeacherConfig",
     "TimmEncoderConfig",
     "TokenEncoderConfig",
+    "TokenRegressionConfig",
     "TokenizerConfig",
     "TrainSetConfig",
     "Triple",
@@ -139,8 +143,10 @@ class Config(Section):
                 if name not in modalities:
                     raise ValueError(f"{where}: '{name}' is no modality; model.encoders has {sorted(modalities)}")
         for i, objective in enumerate(self.objectives):
-            if isinstance(objective, CLSRegressionConfig):
-                self._check_teacher(objective.teacher, f"objectives.{i}.teacher")
+            if (teacher := getattr(objective, "teacher", None)) is not None:
+                # The student's own encoder has a pooled feature, and nothing else that could be learned.
+                encoder_too = isinstance(objective, CLSRegressionConfig)
+                self._check_teacher(teacher, f"objectives.{i}.teacher", encoder_too)
             if isinstance(objective, AttributesConfig) and self.data.labels is None:
                 raise ValueError(f"objectives.{i}: the attributes objective needs data.labels")
         needs_text = any(encoder.input == "text" for encoder in self.model.encoders.values())
@@ -185,11 +191,12 @@ class Config(Section):
         inputs = [encoder.input for encoder in self.model.encoders.values()]
         return "image" in inputs or any(teacher.modality == "image" for teacher in self.teachers.values())
 
-    def _check_teacher(self, name: str, where: str) -> None:
+    def _check_teacher(self, name: str, where: str, encoder_too: bool) -> None:
         kind, _, modality = name.partition(":")
-        if kind != "encoder" and name not in self.teachers:
-            raise ValueError(f"{where}: '{name}' is not among teachers {sorted(self.teachers)}, nor encoder:MODALITY")
-        if kind == "encoder":
+        if name not in self.teachers and not (kind == "encoder" and encoder_too):
+            nor = ", nor encoder:MODALITY" if encoder_too else ""
+            raise ValueError(f"{where}: '{name}' is not among teachers {sorted(self.teachers)}{nor}")
+        if name not in self.teachers:
             encoder = self.model.encoders.get(modality)
             if not (isinstance(encoder, TimmEncoderConfig) and encoder.frozen and encoder.feature == -1):
                 raise ValueError(
@@ -200,10 +207,16 @@ class Config(Section):
         found = [(f"model.layers.{i}.modalities", layer.modalities or []) for i, layer in enumerate(self.model.layers)]
         found.append(("model.pooling", list(self.model.pooling)))
         for i, layer in enumerate(self.model.layers):
-            found.append((f"model.layers.{i}.init", [m for m in layer.init if m != "shared"]))
+            owners = ("shared", "joint")  # of weights that no modality owns alone
+            found.append((f"model.layers.{i}.init", [m for m in layer.init if m not in owners]))
+            if isinstance(layer.eps, dict):
+                found.append((f"model.layers.{i}.eps", [m for m in layer.eps if m not in owners]))
+        for name, teacher in self.teachers.items():
+            found.append(
+                (f"teachers.{name}.shared_encoder", [teacher.shared_encoder] if teacher.shared_encoder else [])
+            )
         for i, objective in enumerate(self.objectives):
-            if isinstance(objective, CLSRegressionConfig):
-                found.append((f"objectives.{i}.modalities", objective.modalities))
-            if isinstance(objective, AttributesConfig):
+            found.append((f"objectives.{i}.modalities", getattr(objective, "modalities", [])))
+            if hasattr(objective, "modality"):
                 found.append((f"objectives.{i}.modality", [objective.modality]))
         return found

@@ -20,7 +20,10 @@ logger = logging.getLogger(__name__)
 
 def attend(q_THK: torch.Tensor, k_THK: torch.Tensor, v_THK: torch.Tensor, layout: Layout) -> torch.Tensor:
     """Return softmax(q kᵀ / √K) v within every sequence of ``layout``, [T, H, K]."""
-    if q_THK.device.type == "cuda" and xformers_available():
+    if layout.joint:
+        return _attend_joint(q_THK, k_THK, v_THK, layout)
+    # Rows of padding (a reproduction of the source alone has them) need a mask that xformers' packed form has not.
+    if q_THK.device.type == "cuda" and not (layout.keys or layout.key_masks) and xformers_available():
         return _attend_xformers(q_THK, k_THK, v_THK, layout)
     return attend_sdpa(q_THK, k_THK, v_THK, layout)
 
@@ -63,15 +66,43 @@ def attend_sdpa(q_THK: torch.Tensor, k_THK: torch.Tensor, v_THK: torch.Tensor, l
         if len(qkv[0]) == 0:
             parts.append(qkv[2])
         elif layout.is_rectangular(modality):
-            parts.append(_rectangular(*qkv, len(layout.lengths[modality])))
+            parts.append(_rectangular(*qkv, len(layout.lengths[modality]), layout.is_key(modality)))
         else:
             parts.append(_padded(*qkv, layout, modality))
     return (parts[0] if len(parts) == 1 else torch.cat(parts)).to(dtype)
 
 
-def _rectangular(q_RHK: torch.Tensor, k_RHK: torch.Tensor, v_RHK: torch.Tensor, sequences: int) -> torch.Tensor:
+def _rectangular(
+    q_RHK: torch.Tensor, k_RHK: torch.Tensor, v_RHK: torch.Tensor, sequences: int, is_key_SL: torch.Tensor | None
+) -> torch.Tensor:
     q_SHLK, k_SHLK, v_SHLK = (x.unflatten(0, (sequences, -1)).transpose(1, 2) for x in (q_RHK, k_RHK, v_RHK))
-    return _sdpa(q_SHLK, k_SHLK, v_SHLK).transpose(1, 2).flatten(0, 1)
+    mask = None if is_key_SL is None else is_key_SL[:, None, None, :]
+    return _sdpa(q_SHLK, k_SHLK, v_SHLK, mask).transpose(1, 2).flatten(0, 1)
+
+
+def _attend_joint(q_THK: torch.Tensor, k_THK: torch.Tensor, v_THK: torch.Tensor, layout: Layout) -> torch.Tensor:
+    """The i-th sequences of all modalities as one."""
+    sequences = len(next(iter(layout.lengths.values())))
+    dtype = q_THK.dtype
+    if q_THK.device.type == "cpu" and dtype == torch.bfloat16:  # as in `attend_sdpa`
+        q_THK, k_THK, v_THK = q_THK.float(), k_THK.float(), v_THK.float()
+
+    def together(x_THK: torch.Tensor) -> torch.Tensor:
+        parts = [rows.unflatten(0, (sequences, -1)) for rows in layout.split(x_THK).values()]
+        return torch.cat(parts, dim=1).transpose(1, 2)
+
+    masks = [
+        torch.ones(sequences, int(layout.lengths[name][0]), dtype=torch.bool, device=q_THK.device)
+        if layout.is_key(name) is None
+        else layout.is_key(name)
+        for name in layout.modalities
+    ]
+    mask = None
+    if layout.keys or layout.key_masks:
+        mask = torch.cat(masks, dim=1)[:, None, None, :]
+    out_SLHK = _sdpa(together(q_THK), together(k_THK), together(v_THK), mask).transpose(1, 2)
+    sizes = [int(layout.lengths[name][0]) for name in layout.modalities]
+    return torch.cat([part.flatten(0, 1) for part in out_SLHK.split(sizes, dim=1)]).to(dtype)
 
 
 def _padded(

@@ -73,6 +73,17 @@ def exported_block(folder: str, index: int, owner: str, where: str) -> dict[str,
     return found
 
 
+def exported_encoder(folder: str, kind: str, where: str) -> dict[str, torch.Tensor]:
+    """Return the state of the export's encoder of ``kind`` (``image``, ``text``). Raises UserError when it has none."""
+    config = load_export_config(folder, where)
+    names = [name for name, encoder in config.model.encoders.items() if encoder.input == kind]
+    if not names:
+        raise UserError(f"{where}: {folder} encodes {sorted(config.model.encoders)}, nothing of '{kind}'")
+    prefix = f"encoders.{names[0]}."
+    with safe_open(_file(folder, WEIGHTS_FILE, where), framework="pt") as file:
+        return {n.removeprefix(prefix): file.get_tensor(n) for n in file.keys() if n.startswith(prefix)}  # noqa: SIM118
+
+
 def _file(folder: str | Path, name: str, where: str) -> Path:
     path = Path(folder) / name
     if not path.is_file():

@@ -61,6 +61,12 @@ def text_positions(model: nn.Module) -> int:
     return model.config.max_position_embeddings - first_position(model)
 
 
+def bert_results(model: nn.Module) -> list[nn.Module]:
+    """Return the last map of every block's MLP, whose outputs are the layer results; none if it is not BERT-like."""
+    blocks = getattr(getattr(model, "encoder", None), "layer", None)
+    return [] if blocks is None or not hasattr(blocks[0], "intermediate") else [block.output.dense for block in blocks]
+
+
 def bert_block(model: nn.Module, index: int, where: str) -> dict[str, torch.Tensor]:
     """Return block ``index`` of a BERT-like encoder (BERT, RoBERTa, MiniLM …, all post-norm) in our names.
 

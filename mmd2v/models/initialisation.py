@@ -1,20 +1,17 @@
-"""Where a student's weights come from: random, a Hugging Face encoder's blocks, or an export of ours."""
+"""Where a student's weights come from: random, a Hugging Face encoder, a converted checkpoint, or an export of ours."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
 
 import torch
 from torch import nn
 
-from mmd2v.config.schema import InitConfig, ModelConfig
+from mmd2v.config.schema import EncoderConfig, InitConfig, LayerConfig, ModelConfig
 from mmd2v.errors import UserError, unknown_name
+from mmd2v.models.checkpoints.converted import FAMILIES, Architecture, block, encoder_state, read_architecture
 from mmd2v.models.hf_backbone import bert_block, load_model
-from mmd2v.models.layers import SHARED, Layer
-
-BlockReader = Callable[[int], dict[str, torch.Tensor]]
-"""Index of a source block → its weights, named ``attention.qkv.weight`` … ``mlp.fc2.bias``."""
+from mmd2v.models.layers import Layer
 
 
 def init_random(module: nn.Module, seed: int, prefix: str = "", deviation: float = 0.02) -> None:
@@ -43,25 +40,71 @@ def _draw(parameter: torch.Tensor, seed: int, name: str, deviation: float) -> No
 def init_from_sources(layers: nn.ModuleList, config: ModelConfig) -> None:
     """Fill the layers whose group names a source in ``init``. Raises UserError naming the group on any mismatch."""
     position = 0
-    readers: dict[tuple[str, str], BlockReader] = {}
-    models: dict[str, nn.Module] = {}
+    reader = BlockReader(config)
     for i, group in enumerate(config.layers):
-        for owner, init in group.init.items():
-            where = f"model.layers.{i}.init.{owner}.source"
-            key = (init.source, init.modality or owner)
-            if key not in readers:
-                readers[key] = _reader(init, owner, models, where)
-            for k in range(group.count):
-                _fill(layers[position + k], owner, readers[key](init.first + k), where)
+        for owner in group.init:
+            for init in group.inits_of(owner):
+                where = f"model.layers.{i}.init.{owner}.source"
+                for k in range(group.count):
+                    block = reader.read(init, init.first + k * init.step, owner, group, where)
+                    _fill(layers[position + k], owner, block, init.parts, where)
         position += group.count
 
 
-def _fill(layer: nn.Module, owner: str, block: dict[str, torch.Tensor], where: str) -> None:
+def init_encoders(encoders: nn.ModuleDict, config: ModelConfig) -> None:
+    """Fill the patch and token encoders that name ``weights``. Raises UserError on any mismatch."""
+    for name, encoder_config in config.encoders.items():
+        weights = getattr(encoder_config, "weights", None)
+        if weights is not None and encoder_config.kind in ("patch", "tokens"):
+            where = f"model.encoders.{name}.weights"
+            source = config.sources.get(weights, weights)
+            state = _encoder_state(source, encoder_config, where)
+            _fill_encoder(encoders[name], state, source, where)
+
+
+def _fill_encoder(encoder: nn.Module, state: dict[str, torch.Tensor], source: str, where: str) -> None:
+    own = encoder.state_dict()
+    if own.keys() != state.keys():
+        raise UserError(
+            f"{where}: {source} has {sorted(state)}, the encoder {sorted(own)}; set its norm, cls and positions as the "
+            "source's"
+        )
+    for name, value in own.items():
+        found = state[name]
+        if name == "positions.weight":
+            found = found[: len(value)]  # a student of shorter texts needs the first positions only
+        if found.shape != value.shape:
+            raise UserError(f"{where}: {name} has shape {tuple(found.shape)}, the student needs {tuple(value.shape)}")
+        value.copy_(found)
+
+
+def _encoder_state(source: str, config: EncoderConfig, where: str) -> dict[str, torch.Tensor]:
+    kind, _, path = source.partition(":")
+    if kind == "mmd2v":
+        from mmd2v.models.exported import exported_encoder
+
+        return exported_encoder(path, config.input, where)
+    if kind not in ("data2vec2-image", "data2vec2-text"):
+        raise unknown_name(where, kind, ["mmd2v", "data2vec2-image", "data2vec2-text"])
+    architecture = read_architecture(path, kind, where)
+    if config.norm_eps != architecture.eps:
+        raise UserError(
+            f"{where.removesuffix('.weights')}.norm_eps: found {config.norm_eps:g}, {path} was trained with "
+            f"{architecture.eps:g}"
+        )
+    return encoder_state(path, kind, where)
+
+
+def _fill(layer: nn.Module, owner: str, block: dict[str, torch.Tensor], parts: str, where: str) -> None:
     """Copy a source block into the halves of ``layer`` that ``owner`` owns."""
     assert isinstance(layer, Layer)
-    halves = [half for half in ("attention", "mlp") if owner in getattr(layer, half)]
+    chosen = ("attention", "mlp") if parts == "both" else (parts,)
+    halves = [half for half in chosen if owner in getattr(layer, half)]
     if not halves:
-        raise UserError(f"{where}: '{owner}' owns no weights in this layer (its attention and MLP are {SHARED})")
+        raise UserError(
+            f"{where}: '{owner}' owns no weights of {' and '.join(chosen)} in this layer (owners: "
+            f"{', '.join(sorted({*layer.attention, *layer.mlp}))})"
+        )
     for half in halves:
         target = getattr(layer, half)[owner].state_dict()
         for name, value in target.items():
@@ -75,15 +118,39 @@ def _fill(layer: nn.Module, owner: str, block: dict[str, torch.Tensor], where: s
             value.copy_(source)
 
 
-def _reader(init: InitConfig, owner: str, models: dict[str, nn.Module], where: str) -> BlockReader:
-    """Return what reads blocks of ``init.source``; ``models`` keeps each Hugging Face encoder loaded once."""
-    kind, _, path = init.source.partition(":")
-    if kind == "hf":
-        if path not in models:
-            models[path] = load_model(path, pretrained=True, where=where)
-        return lambda index: bert_block(models[path], index, where)
-    if kind == "mmd2v":
-        from mmd2v.models.exported import exported_block
+class BlockReader:
+    """Reads blocks in our names, ``attention.qkv.weight`` … ``mlp.fc2.bias``; a library's model is loaded once."""
 
-        return lambda index: exported_block(path, index, init.modality or owner, where)
-    raise unknown_name(where, kind, ["hf", "mmd2v"])
+    def __init__(self, config: ModelConfig) -> None:
+        self.config = config
+        self._models: dict[str, nn.Module] = {}
+
+    def read(self, init: InitConfig, index: int, owner: str, group: LayerConfig, where: str) -> dict[str, torch.Tensor]:
+        """Return block ``index`` of a source as ``owner`` takes it over."""
+        kind, _, path = self.config.sources.get(init.source, init.source).partition(":")
+        if kind == "hf":
+            if path not in self._models:
+                self._models[path] = load_model(path, pretrained=True, where=where)
+            return bert_block(self._models[path], index, where)
+        if kind == "mmd2v":
+            from mmd2v.models.exported import exported_block
+
+            return exported_block(path, index, init.modality or owner, where)
+        if kind in FAMILIES:
+            self._check(read_architecture(path, kind, where), kind, group, where)
+            return block(path, kind, index, where)
+        if not path:
+            raise UserError(
+                f"{where}: found '{init.source}', expected {':FOLDER, '.join(('hf', 'mmd2v', *FAMILIES))}:FOLDER a "
+                f"name in model.sources ({', '.join(sorted(self.config.sources)) or 'which is empty'})"
+            )
+        raise unknown_name(where, kind, ["hf", "mmd2v", *FAMILIES])
+
+    def _check(self, source: Architecture, kind: str, group: LayerConfig, where: str) -> None:
+        """Weights fit any number of heads and any place of the norms, and compute something else there."""
+        heads = group.heads or self.config.heads
+        if heads != source.heads:
+            raise UserError(f"{where}: the source has {source.heads} heads, the student's layer {heads}")
+        norm = "pre" if kind == "beit2" else "post"
+        if group.norm != norm:
+            raise UserError(f"{where}: the source is {norm}-norm, the student's layer has norm: {group.norm}")

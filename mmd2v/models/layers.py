@@ -18,29 +18,37 @@ SHARED = "shared"
 """Owner name of weights that all modalities use."""
 
 
+JOINT = "joint"
+"""Owner name of the expert that sees all rows when image and text are one sequence (VLMo's vision-language expert)."""
+
+
 class AttentionWeights(nn.Module):
     """Norm, query-key-value and output maps of one owner."""
 
-    def __init__(self, width: int, eps: float, layer_scale: float | None) -> None:
+    def __init__(self, width: int, config: LayerConfig, owner: str) -> None:
         super().__init__()
-        self.norm = nn.LayerNorm(width, eps=eps)
+        self.norm = nn.LayerNorm(width, eps=config.eps_of(owner))
         self.qkv = nn.Linear(width, 3 * width)
+        self.inner_norm = nn.LayerNorm(width, eps=config.eps_of(owner)) if config.sub_norm else None
         self.proj = nn.Linear(width, width)
-        self.layer_scale = None if layer_scale is None else nn.Parameter(torch.full((width,), layer_scale))
+        self.layer_scale = _layer_scale(width, config)
 
 
 class MLPWeights(nn.Module):
     """Norm and the two maps of one owner's MLP."""
 
-    def __init__(self, width: int, hidden: int, eps: float, layer_scale: float | None) -> None:
+    def __init__(self, width: int, config: LayerConfig, owner: str) -> None:
         super().__init__()
-        self.norm = nn.LayerNorm(width, eps=eps)
+        hidden = round(width * config.mlp_ratio)
+        self.norm = nn.LayerNorm(width, eps=config.eps_of(owner))
         self.fc1 = nn.Linear(width, hidden)
+        self.inner_norm = nn.LayerNorm(hidden, eps=config.eps_of(owner)) if config.sub_norm else None
         self.fc2 = nn.Linear(hidden, width)
-        self.layer_scale = None if layer_scale is None else nn.Parameter(torch.full((width,), layer_scale))
+        self.layer_scale = _layer_scale(width, config)
 
     def expert(self) -> Expert:
         """Return the weights in the form the kernel takes."""
+        inner = self.inner_norm
         return Expert(
             self.norm.weight,
             self.norm.bias,
@@ -49,7 +57,14 @@ class MLPWeights(nn.Module):
             self.fc2.weight,
             self.fc2.bias,
             self.layer_scale,
+            None if inner is None else inner.weight,
+            None if inner is None else inner.bias,
+            self.norm.eps,
         )
+
+
+def _layer_scale(width: int, config: LayerConfig) -> nn.Parameter | None:
+    return None if config.layer_scale is None else nn.Parameter(torch.full((width,), config.layer_scale))
 
 
 class Layer(nn.Module):
@@ -59,34 +74,60 @@ class Layer(nn.Module):
         super().__init__()
         self.modalities = modalities
         self.norm = config.norm
-        self.eps = config.eps
         self.heads = config.heads or heads
         self.drop_path = config.drop_path
         self.dropout = config.dropout
         self.attention_owner = config.attention_owner
         self.mlp_owner = config.mlp_owner
-        hidden = round(width * config.mlp_ratio)
         self.attention = nn.ModuleDict(
-            {owner: AttentionWeights(width, config.eps, config.layer_scale) for owner in self._owners("attention")}
+            {owner: AttentionWeights(width, config, owner) for owner in self._owners("attention")}
         )
-        self.mlp = nn.ModuleDict(
-            {owner: MLPWeights(width, hidden, config.eps, config.layer_scale) for owner in self._owners("mlp")}
-        )
+        owners = self._owners("mlp") + ((JOINT,) if config.joint_expert else ())
+        self.mlp = nn.ModuleDict({owner: MLPWeights(width, config, owner) for owner in owners})
 
-    def forward(self, x_TD: torch.Tensor, layout: Layout) -> torch.Tensor:
-        """Return the rows after this layer, [T, D]; ``layout`` holds no modality the layer does not know."""
+    def forward(
+        self, x_TD: torch.Tensor, layout: Layout, with_result: bool = False
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        """Return the rows after this layer, [T, D]; ``layout`` holds no modality the layer does not know.
+
+        ``with_result`` returns beside them the MLP's output before scales and residual [T, D], data2vec's layer result.
+        """
         x_TD = self._attention(x_TD, layout)
-        shared = self.mlp_owner == SHARED
-        ranges = {SHARED: slice(0, layout.total)} if shared else layout.rows
+        if layout.joint and JOINT in self.mlp:
+            ranges = {JOINT: slice(0, layout.total)}
+        elif self.mlp_owner == SHARED:
+            ranges = {SHARED: slice(0, layout.total)}
+        else:
+            ranges = layout.rows
         return expert_mlp(
             x_TD,
             [self.mlp[owner].expert() for owner in ranges],
             [(rows.start, rows.stop) for rows in ranges.values()],
             norm=self.norm,
-            eps=self.eps,
             row_scale_T=self._row_scale(x_TD, layout),
             dropout=self.dropout if self.training else 0.0,
+            with_branch=with_result,
         )
+
+    def cls_attention(self, x_TD: torch.Tensor, layout: Layout, modality: str) -> torch.Tensor:
+        """Return how much the CLS of every sequence attends to its tokens, mean over heads, fp32 [S, tokens].
+
+        ``x_TD`` are the rows before this layer. Rows of padding get 0. Raises ValueError for sequences of different
+        lengths.
+        """
+        if not layout.is_rectangular(modality):
+            raise ValueError(f"cls_attention: the sequences of '{modality}' have different lengths")
+        x_RD = layout.split(x_TD)[modality]
+        w = self.attention[SHARED if self.attention_owner == SHARED else modality]
+        qkv_RE = w.qkv(w.norm(x_RD) if self.norm == "pre" else x_RD)
+        q_SLHK, k_SLHK, _ = (
+            qkv_RE.unflatten(0, (len(layout.lengths[modality]), -1)).unflatten(2, (3, self.heads, -1)).unbind(2)
+        )
+        logits_SHL = torch.einsum("shk,slhk->shl", q_SLHK[:, 0].float(), k_SLHK.float()) * q_SLHK.shape[-1] ** -0.5
+        is_key_SL = layout.is_key(modality)
+        if is_key_SL is not None:
+            logits_SHL = logits_SHL.masked_fill(~is_key_SL[:, None], -torch.inf)
+        return logits_SHL.softmax(dim=-1).mean(dim=1)
 
     def _attention(self, x_TD: torch.Tensor, layout: Layout) -> torch.Tensor:
         pre = self.norm == "pre"
@@ -99,7 +140,7 @@ class Layer(nn.Module):
         scale_of = {} if row_scale_T is None else self._by_owner(row_scale_T[:, None], layout)
         parts = []
         for owner, w in weights.items():
-            branch_RD = w.proj(out_of[owner])
+            branch_RD = w.proj(out_of[owner] if w.inner_norm is None else w.inner_norm(out_of[owner]))
             if self.training and self.dropout:
                 branch_RD = F.dropout(branch_RD, self.dropout)
             if w.layer_scale is not None:
@@ -115,7 +156,10 @@ class Layer(nn.Module):
         if not (self.training and self.drop_path):
             return None
         keep = 1 - self.drop_path
-        kept_S = torch.rand(len(layout.all_lengths), device=x_TD.device) < keep
+        sequences = len(next(iter(layout.lengths.values()))) if layout.joint else len(layout.all_lengths)
+        kept_S = torch.rand(sequences, device=x_TD.device) < keep
+        if layout.joint:
+            kept_S = kept_S.repeat(len(layout.lengths))
         return (kept_S / keep).to(x_TD.dtype)[layout.sequence_of_row()]
 
     def _by_owner(self, x_TX: torch.Tensor, layout: Layout) -> dict[str, torch.Tensor]:

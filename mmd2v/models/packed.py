@@ -6,7 +6,7 @@ A layout is built on the host from host lengths, once a batch; what a device nee
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import NamedTuple
@@ -33,12 +33,26 @@ class Layout:
     lengths: dict[str, np.ndarray]
     """modality → int64 [sequences], tokens of each sequence; the order of the keys is the order of the rows."""
     device: torch.device
+    keys: dict[str, np.ndarray] = field(default_factory=dict)
+    """modality → int64 [sequences], leading tokens that are real where the rows hold padding too; others have none."""
+    key_masks: dict[str, torch.Tensor] = field(default_factory=dict)
+    """modality → bool [sequences, tokens] on the device, in place of `keys` where the host does not know them."""
+    joint: bool = False
+    """The i-th sequences of all modalities are one: each token sees the tokens of every modality. Needs equally many
+    sequences, of equal length within a modality."""
     _cache: dict = field(default_factory=dict, compare=False, repr=False)
 
     @classmethod
-    def build(cls, lengths: dict[str, Sequence[int] | np.ndarray | torch.Tensor], device: torch.device) -> Layout:
-        """Make a layout from host lengths."""
-        return cls({name: np.asarray(value, dtype=np.int64) for name, value in lengths.items()}, device)
+    def build(
+        cls,
+        lengths: dict[str, Sequence[int] | np.ndarray | torch.Tensor],
+        device: torch.device,
+        keys: Mapping[str, np.ndarray] | None = None,
+    ) -> Layout:
+        """Make a layout from host lengths; ``keys`` as in the attribute."""
+        return cls(
+            {name: np.asarray(value, dtype=np.int64) for name, value in lengths.items()}, device, dict(keys or {})
+        )
 
     @property
     def modalities(self) -> tuple[str, ...]:
@@ -70,7 +84,27 @@ class Layout:
         chosen = tuple(name for name in self.lengths if name in set(modalities))
         if chosen == self.modalities:
             return self
-        return self._once(("select", chosen), lambda: Layout({n: self.lengths[n] for n in chosen}, self.device))
+
+        def build() -> Layout:
+            lengths, keys, masks = ({n: of[n] for n in chosen if n in of} for of in self._per_modality)
+            return Layout(lengths, self.device, keys, masks, self.joint)
+
+        return self._once(("select", chosen), build)
+
+    @property
+    def _per_modality(self) -> tuple[dict, dict, dict]:
+        return self.lengths, self.keys, self.key_masks
+
+    def is_key(self, modality: str) -> torch.Tensor | None:
+        """Return bool [S, tokens]: which tokens of a modality with padding rows are real; None where all are."""
+        if modality in self.key_masks:
+            return self.key_masks[modality]
+        if modality not in self.keys:
+            return None
+        longest = int(self.lengths[modality].max(initial=0))
+        return self._once(
+            ("is_key", modality), lambda: self._to_device(np.arange(longest)[None, :] < self.keys[modality][:, None])
+        )
 
     def split(self, x_TX: torch.Tensor) -> dict[str, torch.Tensor]:
         """Return each modality's rows as a view. One node in the gradient graph: a slice each would fill zeros."""
@@ -129,6 +163,19 @@ class Layout:
             return Padding(*(self._to_device(a) for a in (row_of_slot, is_token, np.flatnonzero(is_token))))
 
         return self._once(("padding", modality), build)
+
+    def rectangle(self, x_TX: torch.Tensor, modality: str) -> torch.Tensor:
+        """Return the modality's rows as [S, longest, …]; what fills a shorter sequence is without meaning."""
+        rows_RX = self.split(x_TX)[modality] if len(x_TX) == self.total else x_TX
+        if self.is_rectangular(modality):
+            return rows_RX.unflatten(0, (len(self.lengths[modality]), -1))
+        return rows_RX[self.padding(modality).row_of_slot]
+
+    def is_token(self, modality: str) -> torch.Tensor | None:
+        """Return bool [S, longest]: which slots of `rectangle` hold a real token; None where all do."""
+        if modality in self.keys or modality in self.key_masks or self.is_rectangular(modality):
+            return self.is_key(modality)
+        return self.padding(modality).is_token
 
     def once(self, key: str, build):
         """Return what ``build()`` gave the first time ``key`` was asked for (masks and the like, once a batch)."""

@@ -5,8 +5,11 @@ Shapes: T rows of all sequences ordered by modality, S sequences of one modality
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields, replace
+from functools import partial
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -14,11 +17,30 @@ from torch import nn
 from mmd2v.config.schema import Config, ModelConfig, ProjectionConfig
 from mmd2v.data.batch import Batch
 from mmd2v.data.tokenizers import Tokenizer, check_ids
-from mmd2v.models.encoders import ENCODERS, LIBRARY_PARTS, EncoderContext
-from mmd2v.models.initialisation import init_from_sources, init_random
-from mmd2v.models.layers import Layer
+from mmd2v.errors import UserError
+from mmd2v.models.encoders import ENCODERS, LIBRARY_PARTS, Encoded, EncoderContext
+from mmd2v.models.initialisation import init_encoders, init_from_sources, init_random
+from mmd2v.models.layers import SHARED, Layer
 from mmd2v.models.packed import Layout, Packed
 from mmd2v.models.parameters import freeze
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What a forward pass is to keep besides the output of the last layer."""
+
+    results: frozenset[str] = frozenset()
+    """Modalities whose layer results are kept."""
+    layers: frozenset[int] = frozenset()
+    """Layers after which every modality's CLS is kept, counted from 0."""
+    cls_attention: frozenset[str] = frozenset()
+    """Modalities whose CLS attention in the last layer is kept."""
+
+    def __or__(self, other: Wanted) -> Wanted:
+        return Wanted(*(getattr(self, f.name) | getattr(other, f.name) for f in fields(self)))
+
+
+_NOTHING_MORE = Wanted()
 
 
 @dataclass(frozen=True)
@@ -33,6 +55,17 @@ class StudentOutput:
     """All rows after the last layer, before the final norm."""
     features: dict[str, torch.Tensor] = field(default_factory=dict)
     """[S, C], fp32, the pooled feature of each frozen backbone."""
+    encoded: dict[str, torch.Tensor] = field(default_factory=dict)
+    """[rows, D], what entered the layers."""
+    results: dict[str, list[torch.Tensor]] = field(default_factory=dict)
+    """[rows, D] a layer that the modality passed: its MLP's output before the residual; where `Wanted.results`."""
+    layer_cls: dict[int, dict[str, torch.Tensor]] = field(default_factory=dict)
+    """Layer → modality → [S, D], where `Wanted.layers`."""
+    cls_attention: dict[str, torch.Tensor] = field(default_factory=dict)
+    """[S, tokens], fp32, where `Wanted.cls_attention`."""
+    pair: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None
+    """Rows of images and of texts [P] → the CLS of the text when both are one sequence, after the final norm [P, D];
+    None where `joint_from` is."""
 
 
 class Student(nn.Module):
@@ -49,11 +82,19 @@ class Student(nn.Module):
             }
         )
         self.inputs = {name: encoder.input for name, encoder in config.encoders.items()}
+        self.token_types: TokenTypes | None = None
+        if config.token_types != "none":
+            self.token_types = TokenTypes(names, config.width)
         self.layers = nn.ModuleList(
             Layer(group, config.width, config.heads, tuple(n for n in names if n in (group.modalities or names)))
             for group in config.layers
             for _ in range(group.count)
         )
+        self.typed_layer = self._typed_layer()
+        if config.joint_from is not None and config.joint_from >= len(self.layers):
+            raise UserError(
+                f"model.joint_from: found {config.joint_from}, expected a layer's index below {len(self.layers)}"
+            )
         self.norm = nn.LayerNorm(config.width) if config.final_norm else nn.Identity()
         self.projection = Projection(config.projection, config.width, names)
 
@@ -62,14 +103,38 @@ class Student(nn.Module):
         """E"""
         return self.config.projection.dim or self.config.width
 
-    def forward(self, batch: Batch, modalities: tuple[str, ...] | None = None) -> StudentOutput:
-        """Encode the batch; ``modalities`` restricts it to some of them."""
-        tokens, features = self._encode_tokens(batch, modalities or tuple(self.encoders))
+    def forward(
+        self,
+        batch: Batch,
+        modalities: tuple[str, ...] | None = None,
+        *,
+        encoded: Mapping[str, torch.Tensor] | None = None,
+        wanted: Wanted = _NOTHING_MORE,
+    ) -> StudentOutput:
+        """Encode the batch; ``modalities`` restricts it to some of them.
+
+        ``encoded`` are rows [rows, D] of modalities whose frozen encoder has run already; ``wanted`` says what to keep
+        besides the last layer's output.
+        """
+        names = modalities or tuple(self.encoders)
+        layout, entered = self._encode_inputs(batch, names, encoded or {})
+        trace = _Trace(wanted)
+        tokens = Packed(self._run_layers(layout, {n: one.rows for n, one in entered.items()}, trace), layout)
         pooled = {name: self._pool(tokens, name) for name in tokens.layout.modalities}
         embedding = {
             name: F.normalize(self.projection(pooled_SD, name).float(), dim=-1) for name, pooled_SD in pooled.items()
         }
-        return StudentOutput(pooled=pooled, embedding=embedding, tokens=tokens, features=features)
+        return StudentOutput(
+            pooled=pooled,
+            embedding=embedding,
+            tokens=tokens,
+            features={name: one.feature for name, one in entered.items() if one.feature is not None},
+            encoded={name: one.rows for name, one in entered.items()},
+            results=trace.results,
+            layer_cls=trace.layer_cls,
+            cls_attention=trace.cls_attention,
+            pair=None if trace.before_joint is None else partial(self._pair, trace.before_joint, layout),
+        )
 
     def encode_image(self, images: torch.Tensor) -> torch.Tensor:
         """Return the embeddings [B, E] of uint8 images [B, 3, H, W]."""
@@ -88,18 +153,82 @@ class Student(nn.Module):
         batch = Batch(images, ids, lengths, torch.zeros(len(lengths), dtype=torch.int64, device=ids.device))
         return self._encode(batch, "text")
 
-    def _encode_tokens(self, batch: Batch, modalities: tuple[str, ...]) -> tuple[Packed, dict[str, torch.Tensor]]:
-        """Return the rows of the chosen modalities after the last layer, and their backbones' pooled features."""
-        device = batch.images.device
-        layout = Layout.build({name: self.encoders[name].lengths(batch) for name in modalities}, device)
-        encoded = {name: self.encoders[name](batch, layout, name) for name in modalities}
-        rows = _Rows({name: one.rows for name, one in encoded.items()})
-        for layer in self.layers:
+    def _encode_inputs(
+        self, batch: Batch, names: tuple[str, ...], given: Mapping[str, torch.Tensor]
+    ) -> tuple[Layout, dict[str, Encoded]]:
+        """Return the rows that enter the layers, from each modality's encoder or as given."""
+        keys = {name: self.encoders[name].keys(batch) for name in names}
+        layout = Layout.build(
+            {name: self.encoders[name].lengths(batch) for name in names},
+            batch.images.device,
+            {name: real for name, real in keys.items() if real is not None},
+        )
+        dtype = next(self.parameters()).dtype
+        encoded = {
+            name: Encoded(given[name].to(dtype)) if name in given else self.encoders[name](batch, layout, name)
+            for name in names
+        }
+        return layout, encoded
+
+    def _run_layers(
+        self, layout: Layout, entered: dict[str, torch.Tensor], trace: _Trace, first: int = 0
+    ) -> torch.Tensor:
+        """Return the rows of all modalities after the last layer, [T, D]; ``first`` is the first layer they pass."""
+        rows = _Rows(dict(entered))
+        last = {name: i for i, layer in enumerate(self.layers) for name in layer.modalities}
+        for i, layer in enumerate(self.layers):
+            if i == self.config.joint_from and not layout.joint:
+                trace.before_joint = rows.parts(layout)
+            if i < first:
+                continue
+            if i == self.typed_layer and self.token_types is not None:
+                rows.put(layout, self.token_types(rows.take(layout), layout))
             inner = layout.select(layer.modalities)
-            if inner.modalities:
-                rows.put(inner, layer(rows.take(inner), inner))
-        features = {name: one.feature for name, one in encoded.items() if one.feature is not None}
-        return Packed(rows.take(layout), layout), features
+            if not inner.modalities:
+                continue
+            x_TD = rows.take(inner)
+            trace.see_attention(layer, x_TD, inner, [name for name in inner.modalities if last[name] == i])
+            if trace.wanted.results.isdisjoint(inner.modalities):
+                rows.put(inner, layer(x_TD, inner))
+            else:
+                after_TD, result_TD = layer(x_TD, inner, with_result=True)
+                rows.put(inner, after_TD)
+                trace.see_result(result_TD, inner)
+            trace.see_cls(i, rows, layout)
+        return rows.take(layout)
+
+    def _pair(
+        self, before: dict[str, torch.Tensor], layout: Layout, image_P: torch.Tensor, text_P: torch.Tensor
+    ) -> torch.Tensor:
+        """Run the layers from `joint_from` on over pairs of an image and a text; see `StudentOutput.pair`."""
+        image, text = self._name("image"), self._name("text")
+        sequences = len(image_P)
+        image_PLD = before[image].unflatten(0, (len(layout.lengths[image]), -1))[image_P]
+        # Which texts are paired may be known on the device alone: all are padded to the longest of the batch.
+        padding = layout.padding(text)
+        is_key_SL = layout.is_key(text)
+        is_token_PL = (padding.is_token if is_key_SL is None else is_key_SL)[text_P]
+        text_PLD = before[text][padding.row_of_slot[text_P]]
+        lengths = {image: image_PLD.shape[1], text: text_PLD.shape[1]}
+        pairs = Layout(
+            {name: np.full(sequences, lengths[name], np.int64) for name in layout.modalities if name in lengths},
+            layout.device,
+            key_masks={text: is_token_PL},
+            joint=True,
+        )
+        assert self.config.joint_from is not None
+        entered = {image: image_PLD.flatten(0, 1), text: text_PLD.flatten(0, 1)}
+        x_TD = self._run_layers(pairs, entered, _Trace(_NOTHING_MORE), self.config.joint_from)
+        return self.norm(pairs.split(x_TD)[text][pairs.first_rows(text)])
+
+    def _typed_layer(self) -> int:
+        """Return the index of the layer that the token types come before."""
+        if self.config.token_types == "input":
+            return 0
+        is_shared = [SHARED in layer.attention or SHARED in layer.mlp for layer in self.layers]
+        if self.config.token_types == "shared" and True not in is_shared:
+            raise UserError("model.token_types: found 'shared', but no layer shares weights; expected input or none")
+        return is_shared.index(True) if True in is_shared else 0
 
     def _encode(self, batch: Batch, kind: str) -> torch.Tensor:
         name = self._name(kind)
@@ -117,11 +246,29 @@ class Student(nn.Module):
             return self.norm(rows_RD[layout.first_rows(modality)])
         rows_RD = self.norm(rows_RD)
         lengths = layout.lengths[modality]
+        is_key_SL = layout.is_key(modality)
+        if is_key_SL is not None and self.config.pooling[modality] == "mean":
+            real_SL1 = is_key_SL[..., None].to(rows_RD.dtype)
+            return (rows_RD.unflatten(0, (len(lengths), -1)) * real_SL1).sum(dim=1) / real_SL1.sum(dim=1)
         if layout.is_rectangular(modality):
             return rows_RD.unflatten(0, (len(lengths), -1)).mean(dim=1)
         total_SD = torch.zeros(len(lengths), rows_RD.shape[1], dtype=rows_RD.dtype, device=rows_RD.device)
         total_SD = total_SD.index_add(0, layout.sequence_of_row(modality), rows_RD)
         return total_SD / layout.lengths_on_device(modality).to(rows_RD.dtype)[:, None]
+
+
+class TokenTypes(nn.Module):
+    """A learned vector a modality (BERT's token types, which VLMo uses to tell image from text)."""
+
+    def __init__(self, names: tuple[str, ...], width: int) -> None:
+        super().__init__()
+        self.index = {name: i for i, name in enumerate(names)}
+        self.embedding = nn.Embedding(len(names), width)
+
+    def forward(self, x_TD: torch.Tensor, layout: Layout) -> torch.Tensor:
+        """Return the rows with their modality's vector added, [T, D]."""
+        parts = [x_RD + self.embedding.weight[self.index[name]] for name, x_RD in layout.split(x_TD).items()]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 class Projection(nn.Module):
@@ -167,10 +314,39 @@ class _Rows:
         parts = [self._parts[name] for name in layout.modalities]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
+    def parts(self, layout: Layout) -> dict[str, torch.Tensor]:
+        """Return each modality's rows at this point."""
+        return {name: self._parts[name] for name in layout.modalities}
+
     def put(self, layout: Layout, x_TD: torch.Tensor) -> None:
         """Replace the rows of the layout's modalities."""
         self._joint = (layout.modalities, x_TD)
         self._parts.update(layout.split(x_TD))
+
+
+class _Trace:
+    """What is kept while the layers run."""
+
+    def __init__(self, wanted: Wanted) -> None:
+        self.wanted = wanted
+        self.results: dict[str, list[torch.Tensor]] = {name: [] for name in wanted.results}
+        self.layer_cls: dict[int, dict[str, torch.Tensor]] = {}
+        self.cls_attention: dict[str, torch.Tensor] = {}
+        self.before_joint: dict[str, torch.Tensor] | None = None
+
+    def see_result(self, result_TD: torch.Tensor, layout: Layout) -> None:
+        for name, result_RD in layout.split(result_TD).items():
+            if name in self.wanted.results:
+                self.results[name].append(result_RD)
+
+    def see_cls(self, index: int, rows: _Rows, layout: Layout) -> None:
+        if index in self.wanted.layers:
+            parts = rows.parts(layout)
+            self.layer_cls[index] = {name: x_RD[layout.first_rows(name)] for name, x_RD in parts.items()}
+
+    def see_attention(self, layer: Layer, x_TD: torch.Tensor, layout: Layout, last_of: list[str]) -> None:
+        for name in self.wanted.cls_attention.intersection(last_of):
+            self.cls_attention[name] = layer.cls_attention(x_TD, layout, name)
 
 
 def build_student(config: Config, tokenizer: Tokenizer | None, pretrained: bool = True) -> Student:
@@ -195,6 +371,7 @@ def build_student(config: Config, tokenizer: Tokenizer | None, pretrained: bool 
             _init_new_parts(student, config.seed, config.model.init_deviation)
             if pretrained:
                 init_from_sources(student.layers, config.model)
+                init_encoders(student.encoders, config.model)
     freeze(student, config.model.freeze, "model.freeze")
     return student
 
@@ -203,6 +380,8 @@ def _init_new_parts(student: Student, seed: int, deviation: float) -> None:
     """Draw everything that is ours at random; a backbone brings its own weights or its library's initialisation."""
     init_random(student.layers, seed, "layers", deviation)
     init_random(student.projection, seed, "projection", deviation)
+    if student.token_types is not None:
+        init_random(student.token_types, seed, "token_types", deviation)
     for modality, encoder in student.encoders.items():
         for name, child in encoder.named_children():
             if name not in LIBRARY_PARTS:

@@ -7,6 +7,8 @@ in ``OBJECTIVES``.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import reduce
+from operator import or_
 
 import torch
 from torch import nn
@@ -14,15 +16,19 @@ from torch import nn
 from mmd2v.config.schema import Config
 from mmd2v.data.batch import Batch
 from mmd2v.models.initialisation import init_random
-from mmd2v.models.student import Student, StudentOutput
-from mmd2v.models.teachers import Targets, Teacher
+from mmd2v.models.student import Student, StudentOutput, Wanted
+from mmd2v.models.teachers import Needs, Targets, Teacher
 from mmd2v.objectives.attributes import Attributes
 from mmd2v.objectives.base import Objective
 from mmd2v.objectives.cls_regression import CLSRegression
 from mmd2v.objectives.contrastive import Contrastive
+from mmd2v.objectives.layer_results import LayerResults
+from mmd2v.objectives.token_regression import TokenRegression
 
 OBJECTIVES: dict[str, type[Objective]] = {
     "cls_regression": CLSRegression,
+    "layer_results": LayerResults,
+    "token_regression": TokenRegression,
     "contrastive": Contrastive,
     "attributes": Attributes,
 }
@@ -35,6 +41,20 @@ class Objectives(nn.Module):
         super().__init__()
         self.terms = nn.ModuleList(terms)
         self.weights = weights
+
+    @property
+    def wanted(self) -> Wanted:
+        """What the terms want the student to keep of a forward pass."""
+        return reduce(or_, (term.wanted for term in self.terms), Wanted())
+
+    @property
+    def needs(self) -> dict[str, Needs]:
+        """Teacher → what the terms need of it besides CLS and tokens."""
+        needs: dict[str, Needs] = {}
+        for term in self.terms:
+            for name, one in term.needs.items():
+                needs[name] = needs.get(name, Needs()) | one
+        return needs
 
     def forward(self, output: StudentOutput, targets: Mapping[str, Targets], batch: Batch) -> dict[str, torch.Tensor]:
         """Return every term unweighted, by name, and their weighted sum under ``loss``."""

@@ -9,8 +9,8 @@ from torch import nn
 
 from mmd2v.config.schema import ObjectiveConfig
 from mmd2v.data.batch import Batch
-from mmd2v.models.student import Student, StudentOutput
-from mmd2v.models.teachers import Targets, Teacher
+from mmd2v.models.student import Student, StudentOutput, Wanted
+from mmd2v.models.teachers import Needs, Targets, Teacher
 
 
 class Objective(nn.Module):
@@ -18,6 +18,16 @@ class Objective(nn.Module):
 
     def __init__(self, config: ObjectiveConfig, student: Student, teachers: Mapping[str, Teacher], where: str) -> None:
         super().__init__()
+
+    @property
+    def wanted(self) -> Wanted:
+        """What the student is to keep of a forward pass for this term."""
+        return Wanted()
+
+    @property
+    def needs(self) -> dict[str, Needs]:
+        """Teacher → what it is to give for this term besides CLS and tokens."""
+        return {}
 
     def forward(self, output: StudentOutput, targets: Mapping[str, Targets], batch: Batch) -> dict[str, torch.Tensor]:
         """Return named scalar losses."""
@@ -40,3 +50,14 @@ def weighted_mean(
         loss_BX = loss_BX * weights_B.view((-1,) + (1,) * (loss_BX.ndim - 1))
     mean = loss_BX.mean()
     return mean if mean_over is None else mean * (loss_BX.shape[0] / mean_over)
+
+
+def token_mean(loss_BT: torch.Tensor, counts_BT: torch.Tensor | None) -> torch.Tensor:
+    """Return the mean over each sample's tokens, [B]; ``counts_BT`` (bool) says which of them count, None: all.
+
+    A mean a sample and not one over the tokens of a batch: the loss is the same however the samples lie on ranks.
+    """
+    if counts_BT is None:
+        return loss_BT.mean(dim=1)
+    counts_BT = counts_BT.to(loss_BT.dtype)
+    return (loss_BT * counts_BT).sum(dim=1) / counts_BT.sum(dim=1).clamp(min=1)

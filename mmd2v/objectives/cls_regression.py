@@ -17,6 +17,7 @@ from mmd2v.errors import UserError
 from mmd2v.models.student import Student, StudentOutput
 from mmd2v.models.teachers import Targets, Teacher
 from mmd2v.objectives.base import Objective, weighted_mean
+from mmd2v.objectives.heads import regression_head
 
 
 class CLSRegression(Objective):
@@ -39,14 +40,11 @@ class CLSRegression(Objective):
         else:
             target_width = teachers[config.teacher].width
             self.teacher_modality = teachers[config.teacher].modality
-        if config.head == "none" and width != target_width:
-            raise UserError(
-                f"{where}.head: found none, but the student's width {width} is not the teacher's {target_width}; "
-                f"expected linear, norm_linear or mlp"
-            )
         self.modalities = config.modalities or list(student.inputs)
         owners = ["shared"] if config.shared_head else self.modalities
-        self.heads = nn.ModuleDict({owner: _head(config.head, width, target_width) for owner in owners})
+        self.heads = nn.ModuleDict(
+            {owner: regression_head(config.head, width, target_width, f"{where}.head") for owner in owners}
+        )
 
     def forward(self, output: StudentOutput, targets: Mapping[str, Targets], batch: Batch) -> dict[str, torch.Tensor]:
         """Return ``cls_regression_loss/MODALITY``."""
@@ -88,13 +86,3 @@ def _align(
     if kind != "text" and teacher_kind == "text":
         return prediction[batch.caption_image], target
     return prediction, target
-
-
-def _head(kind: str, width: int, target_width: int) -> nn.Module:
-    if kind == "none":
-        return nn.Identity()
-    if kind == "linear":
-        return nn.Linear(width, target_width)
-    if kind == "norm_linear":
-        return nn.Sequential(nn.LayerNorm(width), nn.Linear(width, target_width))
-    return nn.Sequential(nn.LayerNorm(width), nn.Linear(width, width), nn.GELU(), nn.Linear(width, target_width))

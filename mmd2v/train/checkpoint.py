@@ -37,7 +37,7 @@ _TEMPORARY = re.compile(r"\.step-\d{6,}(\.old)?\.tmp")
 _REPLACED = re.compile(r"\.(step-\d{6,})\.old\.tmp")
 _ABANDONED = "abandoned-"
 _FORMAT = 1
-_NOT_STRUCTURE = frozenset({"dropout", "drop_path", "token_drop", "init", "weights"})
+_NOT_STRUCTURE = frozenset({"dropout", "drop_path", "token_drop", "init", "weights", "sources"})
 """Keys of the model section that may change on the way: they make noise, or name where first weights came from."""
 
 

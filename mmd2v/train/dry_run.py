@@ -135,12 +135,15 @@ def _describe_token_batches(config: Config, plan: BatchPlan) -> str:
 
 
 def parameter_counts(parts: Parts) -> dict[str, tuple[int, int]]:
-    """Return part of the train module → (trainable, frozen) parameters."""
+    """Return part of the train module → (trainable, frozen) parameters; fixed position tables count as frozen."""
     trainable: Counter[str] = Counter()
     frozen: Counter[str] = Counter()
     for name, parameter in parts.module.named_parameters():
         count = getattr(parameter, "ds_numel", parameter.numel())
         (trainable if parameter.requires_grad else frozen)[part(name)] += count
+    for name, buffer in parts.module.named_buffers():
+        if name.endswith(".positions"):
+            frozen[part(name)] += buffer.numel()
     names = dict.fromkeys(part(name) for name, _ in parts.module.named_parameters())
     return {name: (trainable[name], frozen[name]) for name in names}
 

@@ -14,15 +14,26 @@ from mmd2v.objectives import Objectives
 
 
 class TrainModule(nn.Module):
-    """Student and objectives; ``autocast`` computes products in bf16 over fp32 weights."""
+    """Student and objectives; ``autocast`` computes products in bf16 over fp32 weights.
 
-    def __init__(self, student: Student, objectives: Objectives, autocast: bool) -> None:
+    ``encoded_by`` is modality → the teacher that runs the student's encoder for both.
+    """
+
+    def __init__(
+        self, student: Student, objectives: Objectives, autocast: bool, encoded_by: Mapping[str, str] | None = None
+    ) -> None:
         super().__init__()
         self.student = student
         self.objectives = objectives
         self.autocast = autocast
+        self.encoded_by = dict(encoded_by or {})
+        self.wanted = objectives.wanted
 
     def forward(self, batch: Batch, targets: Mapping[str, Targets]) -> dict[str, torch.Tensor]:
         """Return every loss term by name and their weighted sum under ``loss``, all scalars on the device."""
         with torch.autocast(batch.images.device.type, dtype=torch.bfloat16, enabled=self.autocast):
-            return self.objectives(self.student(batch), targets, batch)
+            # A teacher that ran the student's own frozen encoder has what enters the layers.
+            encoded = {
+                name: targets[teacher].encoded for name, teacher in self.encoded_by.items() if teacher in targets
+            }
+            return self.objectives(self.student(batch, encoded=encoded, wanted=self.wanted), targets, batch)

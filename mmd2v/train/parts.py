@@ -9,6 +9,7 @@ from mmd2v.config.schema import Config
 from mmd2v.data.stored_outputs import StoredOutputs
 from mmd2v.data.tokenizers import Tokenizer, load_tokenizer
 from mmd2v.distributed.environment import World
+from mmd2v.errors import UserError
 from mmd2v.models.student import Student, build_student
 from mmd2v.models.teachers import Teacher, build_teachers
 from mmd2v.objectives import build_objectives
@@ -75,5 +76,24 @@ def build_parts(config: Config, world: World, sources: Mapping[str, Source] | No
     replayed = {stored.teacher: stored.annotation for stored in outputs}
     teachers = build_teachers(config, world.device, tokenizer, replayed)
     objectives = build_objectives(config, student, teachers)
+    for name, needs in objectives.needs.items():
+        teachers[name].prepare(needs, f"teachers.{name}.name")
+    encoded_by = _share_encoders(config, student, teachers)
     autocast = config.engine.precision == "bf16_autocast"
-    return Parts(tokenizer, teachers, TrainModule(student, objectives, autocast), outputs)
+    return Parts(tokenizer, teachers, TrainModule(student, objectives, autocast, encoded_by), outputs)
+
+
+def _share_encoders(config: Config, student: Student, teachers: Mapping[str, Teacher]) -> dict[str, str]:
+    """Let teachers run a copy of the student's frozen encoder; return modality → teacher."""
+    encoded_by: dict[str, str] = {}
+    for name, teacher_config in config.teachers.items():
+        modality, where = teacher_config.shared_encoder, f"teachers.{name}.shared_encoder"
+        if modality is None:
+            continue
+        if modality in encoded_by:
+            raise UserError(f"{where}: '{modality}' is shared with the teacher '{encoded_by[modality]}' already")
+        if any(parameter.requires_grad for parameter in student.encoders[modality].parameters()):
+            raise UserError(f"{where}: model.encoders.{modality} is trained; set its frozen: true")
+        teachers[name].share_encoder(student.encoders[modality], where)
+        encoded_by[modality] = name
+    return encoded_by

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 
 from mmd2v.config.batch_plan import BatchPlan
-from mmd2v.config.schema import Config
+from mmd2v.config.schema import Config, LayerResultsConfig, TokenRegressionConfig
 from mmd2v.data.annotation_files import ANY_EPOCH, shard_names, stored_file, stored_rows, stored_shards
 from mmd2v.data.annotation_record import RECORD_NAME, Annotation, read_record, teacher_folder
 from mmd2v.data.annotation_settings import differences, image_settings, listed, text_settings
@@ -103,12 +103,19 @@ def _usable(
     assert own.outputs is not None  # the caller's condition
     if token_batches(config):
         return "data.batch_tokens makes every caption a sample of its own, which stored outputs do not know"
+    if own.shared_encoder is not None:
+        return "it runs the student's encoder too (shared_encoder)"
+    if any(isinstance(o, LayerResultsConfig) and o.teacher == name for o in config.objectives):
+        return "the layer_results objective needs what is not stored"
     folder = teacher_folder(own.outputs, name)
     tokenizer = load_tokenizer(config.data.tokenizer) if own.modality == "text" and config.data.tokenizer else None
     try:
         annotation = read_record(folder)
         if annotation is None:
             return _nothing_stored(own.outputs, name)
+        needs_tokens = any(isinstance(o, TokenRegressionConfig) and o.teacher == name for o in config.objectives)
+        if needs_tokens and annotation.tokens is None:
+            return "it holds no tokens, which the token_regression objective needs; annotate with --tokens"
         if found := differences(annotation.settings, settings_of(config, name, tokenizer, device)):
             return listed(found)
         sets = open_sets(config.data)

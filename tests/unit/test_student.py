@@ -165,7 +165,7 @@ def test_blocks_of_another_width_are_refused(shared):
     folder = str(shared / "teachers" / "minilm_l6_v2")
     with pytest.raises(UserError, match=r"layers.0.init.text.source: attention.norm.weight has shape \(384,\)"):
         build(model__layers=[{"kind": "separate", "init": {"text": {"source": f"hf:{folder}"}}}])
-    with pytest.raises(UserError, match="owns no weights in this layer"):
+    with pytest.raises(UserError, match="owns no weights of attention and mlp in this layer"):
         build(model__layers=[{"kind": "shared", "init": {"text": {"source": f"hf:{folder}"}}}])
     with pytest.raises(UserError, match="block 6 was asked for, the source has 6"):
         build(

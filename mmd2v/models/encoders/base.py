@@ -60,6 +60,10 @@ class ModalityEncoder(nn.Module):
         """Return int64 [S], tokens of each sequence of the batch, computed on the host."""
         raise NotImplementedError  # an abstract method
 
+    def keys(self, batch: Batch) -> np.ndarray | None:
+        """Return int64 [S], the real tokens of each sequence where `lengths` count padding too; else None."""
+        return None
+
     def forward(self, batch: Batch, layout: Layout, modality: str) -> Encoded:
         """Return the rows that enter the layers; ``layout`` knows them under ``modality``."""
         raise NotImplementedError  # an abstract method
@@ -85,7 +89,7 @@ class FixedGrid(nn.Module):
             self.register_buffer("positions", table[None], persistent=False)
         else:
             self.positions = None
-        self.norm = nn.LayerNorm(width) if config.norm else nn.Identity()
+        self.norm = nn.LayerNorm(width, eps=config.norm_eps) if config.norm else nn.Identity()
         self.dropout = nn.Dropout(config.dropout)
 
     @property

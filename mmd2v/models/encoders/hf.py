@@ -39,7 +39,7 @@ class HFTextEncoder(ModalityEncoder):
         self.embeddings.dropout.p = config.dropout
         own_width = self.embeddings.word_embeddings.embedding_dim
         self.bridge = torch.nn.Linear(own_width, context.width) if own_width != context.width else torch.nn.Identity()
-        self.norm = torch.nn.LayerNorm(context.width) if config.norm else torch.nn.Identity()
+        self.norm = torch.nn.LayerNorm(context.width, eps=config.norm_eps) if config.norm else torch.nn.Identity()
         if config.frozen:
             self.embeddings.requires_grad_(False)
 

@@ -6,6 +6,7 @@ Adding a kind of teacher is one file here and one line in ``TEACHERS``.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,8 +15,9 @@ from mmd2v.config.schema import Config, TeacherConfig
 from mmd2v.data.annotation_record import Annotation
 from mmd2v.data.tokenizers import Tokenizer
 from mmd2v.errors import UserError, unknown_name
-from mmd2v.models.teachers.base import Targets, Teacher
+from mmd2v.models.teachers.base import Needs, Targets, Teacher
 from mmd2v.models.teachers.beit2 import BEiT2Teacher
+from mmd2v.models.teachers.data2vec2 import Data2Vec2Teacher
 from mmd2v.models.teachers.exported import ExportTeacher
 from mmd2v.models.teachers.hf import hf_teacher
 from mmd2v.models.teachers.replay import ReplayTeacher
@@ -25,6 +27,8 @@ TEACHERS: dict[str, Callable[[str, TeacherConfig, str], Teacher]] = {
     "timm": TimmTeacher,
     "hf": hf_teacher,
     "mmd2v": ExportTeacher,
+    "data2vec2-image": partial(Data2Vec2Teacher, "data2vec2-image"),
+    "data2vec2-text": partial(Data2Vec2Teacher, "data2vec2-text"),
     "beit2": BEiT2Teacher,
 }
 """Prefix of a teacher's name → (rest of the name, config, where in the config) → teacher."""
@@ -72,11 +76,14 @@ def build_teachers(
 def _build(config: TeacherConfig, device: torch.device, where: str) -> Teacher:
     kind, _, rest = config.name.partition(":")
     if not rest:
-        raise UserError(f"{where}: found '{config.name}', expected timm:NAME[@WEIGHTS], hf:NAME or mmd2v:FOLDER")
+        raise UserError(
+            f"{where}: found '{config.name}', expected timm:NAME[@WEIGHTS], or one of "
+            f"{', '.join(f'{k}:…' for k in TEACHERS if k != 'timm')}"
+        )
     if kind not in TEACHERS:
         raise unknown_name(where, kind, TEACHERS)
     teacher = TEACHERS[kind](rest, config, where)
     return teacher.freeze(device)
 
 
-__all__ = ["TEACHERS", "ReplayTeacher", "Targets", "Teacher", "build_teachers", "load"]
+__all__ = ["TEACHERS", "Needs", "ReplayTeacher", "Targets", "Teacher", "build_teachers", "load"]

@@ -13,6 +13,7 @@ from torch import nn
 
 from mmd2v.config.schema import TeacherConfig
 from mmd2v.data.batch import Batch
+from mmd2v.errors import UserError
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -26,7 +27,26 @@ class Targets:
     cls_BD: torch.Tensor
     """fp32; a CNN's is its pooled feature. B is captions for a text teacher."""
     tokens_BTD: torch.Tensor | None = None
+    """Of the last layer, the CLS in front where the model has one."""
     layer_results: list[torch.Tensor] = field(default_factory=list)
+    """[B, T, D] a layer: its MLP's output before the residual; where `Needs.layer_results`."""
+    is_token_BT: torch.Tensor | None = None
+    """bool, False for padding; None: every token is real."""
+    cls_attention_BT: torch.Tensor | None = None
+    """fp32: how much the CLS attends to each token in the last layer; where `Needs.cls_attention`."""
+    encoded: torch.Tensor | None = None
+    """[rows, D] that entered the layers, of a teacher that runs the student's own encoder."""
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What the objectives need of a teacher besides CLS and tokens."""
+
+    layer_results: bool = False
+    cls_attention: bool = False
+
+    def __or__(self, other: Needs) -> Needs:
+        return Needs(self.layer_results or other.layer_results, self.cls_attention or other.cls_attention)
 
 
 def teacher_dtype(precision: str, device: torch.device) -> torch.dtype:
@@ -52,6 +72,36 @@ class Teacher(nn.Module):
         super().__init__()
         self.config = config
         self.dtype = torch.float32
+        self.needs = Needs()
+
+    def prepare(self, needs: Needs, where: str) -> None:
+        """Get ready to give what is needed. Raises UserError, beginning with ``where``, when this teacher cannot."""
+        for name in ("layer_results", "cls_attention"):
+            if getattr(needs, name) and not self.can_give(name):
+                raise UserError(
+                    f"{where}: the teacher '{self.config.name}' gives no {name.replace('_', ' ')}; BERT-like text "
+                    "encoders, ViTs of timm (the results alone), converted checkpoints and exports do"
+                )
+        self.needs = needs
+
+    def can_give(self, name: str) -> bool:
+        """Tell whether the model has ``layer_results`` or ``cls_attention``."""
+        return False
+
+    def share_encoder(self, encoder: nn.Module, where: str) -> None:
+        """Run ``encoder``, a copy of the student's own, in place of the teacher's and give its rows to the student.
+
+        Raises UserError, beginning with ``where``, when this teacher has none that could be replaced.
+        """
+        raise UserError(
+            f"{where}: found '{self.config.shared_encoder}', but '{self.config.name}' has no modality encoder of ours; "
+            "converted data2vec 2.0 checkpoints and exports do"
+        )
+
+    @property
+    def token_width(self) -> int | None:
+        """Width of its tokens; None if it gives none."""
+        return self.width
 
     @property
     def modality(self) -> str:

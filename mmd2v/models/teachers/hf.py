@@ -7,10 +7,11 @@ import torch
 from mmd2v.config.schema import TeacherConfig
 from mmd2v.data.batch import Batch
 from mmd2v.errors import UserError
-from mmd2v.models.hf_backbone import load_model, published_mean_std, text_positions
+from mmd2v.models.hf_backbone import bert_results, load_model, published_mean_std, text_positions
 from mmd2v.models.images import Normalize
 from mmd2v.models.packed import Layout
-from mmd2v.models.teachers.base import Targets, Teacher
+from mmd2v.models.teachers.base import Needs, Targets, Teacher
+from mmd2v.models.teachers.results import ResultHooks
 
 
 def hf_teacher(name: str, config: TeacherConfig, where: str) -> Teacher:
@@ -28,8 +29,19 @@ class HFTextTeacher(Teacher):
         if not hasattr(self.model.config, "vocab_size"):
             raise UserError(f"{where}: '{name}' is no text encoder; set modality: image")
         self.width = self.model.config.hidden_size
+        self.results: ResultHooks | None = None
         self.vocab_size = self.model.config.vocab_size
         self.max_length = text_positions(self.model)
+
+    def can_give(self, name: str) -> bool:
+        """Tell whether the layer results can be caught: BERT-like encoders."""
+        return name == "layer_results" and bool(bert_results(self.model))
+
+    def prepare(self, needs: Needs, where: str) -> None:
+        """See `Teacher.prepare`."""
+        super().prepare(needs, where)
+        if needs.layer_results and self.results is None:
+            self.results = ResultHooks(bert_results(self.model))
 
     def encode(self, batch: Batch) -> Targets:
         """Return the pooled vector of every caption and its padded tokens."""
@@ -39,10 +51,12 @@ class HFTextTeacher(Teacher):
             ~padding.is_token, self.model.config.pad_token_id or 0
         )
         tokens_NTD = self.model(input_ids=ids_NT, attention_mask=padding.is_token.long()).last_hidden_state
-        if self.config.pooling == "cls":
-            return Targets(tokens_NTD[:, 0], tokens_NTD)
-        mask = padding.is_token[..., None].to(tokens_NTD.dtype)
-        return Targets((tokens_NTD * mask).sum(1) / mask.sum(1), tokens_NTD)
+        results = [] if self.results is None else self.results.take()
+        cls_ND = tokens_NTD[:, 0]
+        if self.config.pooling == "mean":
+            mask = padding.is_token[..., None].to(tokens_NTD.dtype)
+            cls_ND = (tokens_NTD * mask).sum(1) / mask.sum(1)
+        return Targets(cls_ND, tokens_NTD, results, padding.is_token)
 
 
 class HFImageTeacher(Teacher):

@@ -19,6 +19,12 @@ class ReplayTeacher(Teacher):
         super().__init__(config)
         self.name = name
         self.width = annotation.width
+        self._token_width = None if annotation.tokens is None else annotation.tokens[1]
+
+    @property
+    def token_width(self) -> int | None:
+        """See `Teacher.token_width`."""
+        return self._token_width
 
     def encode(self, batch: Batch) -> Targets:
         """Return the batch's stored outputs [B or N, D], and [B, T, E] if tokens are stored."""

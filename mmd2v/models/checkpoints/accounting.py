@@ -49,7 +49,7 @@ def take(
         else:
             left_out[pattern] += 1
     missing = sorted(wanted.keys() - payload.keys())
-    complaints = [_complaint("missing", missing, payload), _complaint("unexpected", sorted(unexpected), wanted)]
+    complaints = [_complaint("missing", missing, unexpected), _complaint("unexpected", sorted(unexpected), wanted)]
     if missing or unexpected:
         raise UserError(f"{path}: {'; '.join(filter(None, complaints))}")
     state = {ours.name: _values(payload[key], key, ours.shape, path) for key, ours in wanted.items()}

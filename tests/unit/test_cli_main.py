@@ -17,7 +17,8 @@ def test_help_lists_every_command_without_torch():
     code = "import sys; from mmd2v.cli.main import main; main(['--help']); sys.exit('torch' in sys.modules)"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     for name, command in cli.COMMANDS.items():
-        assert f"{name:<6}  {command.summary}" in result.stdout
+        width = max(map(len, cli.COMMANDS))
+        assert f"{name:<{width}}  {command.summary}" in result.stdout
 
 
 def test_python_m_is_the_same_command():

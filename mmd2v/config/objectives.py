@@ -4,9 +4,19 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import AfterValidator, Field, model_validator
 
-from mmd2v.config.section import Fraction, PositiveInt, Section, Triple
+from mmd2v.config.section import Fraction, NonNegativeInt, Positive, PositiveInt, Section, Triple
+
+
+def _different(names: tuple[str, str]) -> tuple[str, str]:
+    if names[0] == names[1]:
+        raise ValueError(f"found {names[0]} twice, expected two different modalities")
+    return names
+
+
+_TwoModalities = Annotated[tuple[str, str], AfterValidator(_different)]
+_BETWEEN = "the two modalities; none: the image and the text, where there is nothing else"
 
 
 class TeacherConfig(Section):
@@ -71,6 +81,58 @@ class ContrastiveConfig(ObjectiveConfig):
     temperature: float = Field(0.07, ge=0.01, le=1, description="initial softmax temperature")
     learned: bool = Field(True, description="learn the temperature, its inverse clamped to [1, 100]")
     label_smoothing: Fraction = Field(0.0, description="probability mass spread evenly over the negatives")
+    between: _TwoModalities | None = Field(None, description=_BETWEEN)
+    final: bool = Field(True, description="compare the final embeddings")
+    layers: list[NonNegativeInt] = Field(
+        default_factory=list,
+        description="compare the CLS after these layers too, counted from 0, each with a head and temperature of its "
+        "own",
+    )
+    dim: PositiveInt | None = Field(None, description="width of the layers' heads; none: that of the embedding")
+
+    @model_validator(mode="after")
+    def _levels(self) -> ContrastiveConfig:
+        if not self.final and not self.layers:
+            raise ValueError("final: found false without `layers`; nothing is compared, expected either of the two")
+        if len(set(self.layers)) < len(self.layers):
+            raise ValueError(f"layers: found {self.layers}, expected each layer once")
+        return self
+
+
+class SigLIPConfig(ObjectiveConfig):
+    """Sigmoid loss over all pairs of two modalities (Zhai et al. 2023), pairs of all ranks with gradient."""
+
+    kind: Literal["siglip"] = Field("siglip", description="sigmoid loss over all pairs of two modalities")
+    scale: Positive = Field(10.0, description="initial factor of the cosine")
+    bias: float = Field(-10.0, description="initial summand: at the start, most pairs are negatives")
+    learned: bool = Field(True, description="learn scale (its logarithm) and bias")
+    between: _TwoModalities | None = Field(None, description=_BETWEEN)
+
+
+class ContrastiveTargetConfig(ObjectiveConfig):
+    """InfoNCE of each modality with the teacher's CLS of its own sample, against a memory bank of teacher CLS."""
+
+    kind: Literal["contrastive_target"] = Field(
+        "contrastive_target", description="InfoNCE with a teacher's CLS against a memory bank"
+    )
+    teacher: str = Field(description="key in `teachers`")
+    modalities: list[str] = Field(default_factory=list, description="who is compared; none named: every modality")
+    shared_head: bool = Field(False, description="one head (LayerNorm, linear) for all modalities")
+    temperature: float = Field(0.07, ge=0.01, le=1, description="initial softmax temperature")
+    learned: bool = Field(True, description="learn the temperature, its inverse clamped to [1, 100]")
+    in_batch: bool = Field(True, description="the targets of the step's other samples, of all ranks, are negatives too")
+    bank_size: NonNegativeInt = Field(
+        65_536, description="newest teacher CLS kept as negatives, over all ranks (a multiple of their number); 0: none"
+    )
+    bank_precision: Literal["fp16", "bf16"] = Field(
+        "fp16", description="of the bank; its rows have length 1, which fp16 holds more exactly"
+    )
+
+    @model_validator(mode="after")
+    def _negatives(self) -> ContrastiveTargetConfig:
+        if not self.bank_size and not self.in_batch:
+            raise ValueError("bank_size: found 0 without `in_batch`; there is no negative, expected either of the two")
+        return self
 
 
 class LayerResultsConfig(ObjectiveConfig):
@@ -121,6 +183,12 @@ class AttributesConfig(ObjectiveConfig):
 
 
 AnyObjective = Annotated[
-    CLSRegressionConfig | LayerResultsConfig | TokenRegressionConfig | ContrastiveConfig | AttributesConfig,
+    CLSRegressionConfig
+    | LayerResultsConfig
+    | TokenRegressionConfig
+    | ContrastiveConfig
+    | SigLIPConfig
+    | ContrastiveTargetConfig
+    | AttributesConfig,
     Field(discriminator="kind"),
 ]

@@ -33,8 +33,10 @@ from mmd2v.config.objectives import (
     AttributesConfig,
     CLSRegressionConfig,
     ContrastiveConfig,
+    ContrastiveTargetConfig,
     LayerResultsConfig,
     ObjectiveConfig,
+    SigLIPConfig,
     TeacherConfig,
     TokenRegressionConfig,
 )
@@ -65,6 +67,7 @@ __all__ = [
     "CheckpointConfig",
     "Config",
     "ContrastiveConfig",
+    "ContrastiveTargetConfig",
     "DamageConfig",
     "DataConfig",
     "EncoderConfig",
@@ -91,6 +94,7 @@ __all__ = [
     "Rate",
     "Section",
     "ShardsConfig",
+    "SigLIPConfig",
     "SourceConfig",
     "TeacherConfig",
     "TimmEncoderConfig",
@@ -177,8 +181,11 @@ class Config(Section):
             )
         if self.data.tokenizer is None:
             raise ValueError("data.tokenizer: missing, but data.batch_tokens counts its tokens")
-        if any(isinstance(objective, ContrastiveConfig) for objective in self.objectives):
-            raise ValueError("data.batch_tokens: the contrastive objective needs batches of a fixed number of samples")
+        for objective in self.objectives:
+            if isinstance(objective, ContrastiveConfig | SigLIPConfig | ContrastiveTargetConfig):
+                raise ValueError(
+                    f"data.batch_tokens: the {objective.kind} objective needs batches of a fixed number of samples"
+                )
 
     @property
     def label_classes(self) -> int | None:
@@ -219,4 +226,5 @@ class Config(Section):
             found.append((f"objectives.{i}.modalities", getattr(objective, "modalities", [])))
             if hasattr(objective, "modality"):
                 found.append((f"objectives.{i}.modality", [objective.modality]))
+            found.append((f"objectives.{i}.between", list(getattr(objective, "between", None) or ())))
         return found

@@ -36,6 +36,13 @@ class OptimizerConfig(Section):
     warmup: float = Field(0.1, ge=0, description="warm-up: a fraction of all steps if < 1, else a number of steps")
     min_lr_ratio: Fraction = Field(0.0, description="final learning rate as a fraction of the peak")
     clip_norm: float | None = Field(None, gt=0, description="largest global gradient norm; none: no clipping")
+    layer_decay: float = Field(
+        1.0,
+        gt=0,
+        le=1,
+        description="layer-wise decay of the learning rate: of n layers, layer i has this to the power n - i, encoders "
+        "and token types n + 1, all else the full rate; times a group's own lr_multiplier",
+    )
     groups: list[ParameterGroupConfig] = Field(
         default_factory=list, description="parameters with settings of their own; the first match wins"
     )

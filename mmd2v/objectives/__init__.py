@@ -22,7 +22,9 @@ from mmd2v.objectives.attributes import Attributes
 from mmd2v.objectives.base import Objective
 from mmd2v.objectives.cls_regression import CLSRegression
 from mmd2v.objectives.contrastive import Contrastive
+from mmd2v.objectives.contrastive_target import ContrastiveTarget
 from mmd2v.objectives.layer_results import LayerResults
+from mmd2v.objectives.siglip import SigLIP
 from mmd2v.objectives.token_regression import TokenRegression
 
 OBJECTIVES: dict[str, type[Objective]] = {
@@ -30,6 +32,8 @@ OBJECTIVES: dict[str, type[Objective]] = {
     "layer_results": LayerResults,
     "token_regression": TokenRegression,
     "contrastive": Contrastive,
+    "siglip": SigLIP,
+    "contrastive_target": ContrastiveTarget,
     "attributes": Attributes,
 }
 
@@ -65,9 +69,20 @@ class Objectives(nn.Module):
             total = total + weight * torch.stack([v.float() for v in found.values()]).sum()
             for name, value in found.items():
                 # Two terms of one kind (on two teachers, say) are told apart by a number.
-                key = name if name not in losses else f"{name}_{sum(k.startswith(name) for k in losses) + 1}"
-                losses[key] = value
+                same = sum(key == name or key.startswith(f"{name}_") for key in losses)
+                losses[f"{name}_{same + 1}" if same else name] = value
         return {"loss": total, **losses}
+
+    def rank_state(self) -> dict[str, torch.Tensor]:
+        """Return what this rank alone must keep of every term, see `Objective.rank_state`."""
+        return {f"{i}.{name}": value for i, term in enumerate(self.terms) for name, value in term.rank_state().items()}
+
+    def load_rank_state(self, state: Mapping[str, torch.Tensor]) -> None:
+        """Hand every term its part of what `rank_state` returned."""
+        for i, term in enumerate(self.terms):
+            own = {name.removeprefix(f"{i}."): v for name, v in state.items() if name.startswith(f"{i}.")}
+            if term.rank_state():
+                term.load_rank_state(own)
 
     def metrics(self) -> dict[str, torch.Tensor]:
         """Return what a person may want to follow beside the losses, such as the temperature."""

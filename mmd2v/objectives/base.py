@@ -37,6 +37,17 @@ class Objective(nn.Module):
         """Return named scalars to log beside the losses."""
         return {}
 
+    def rank_state(self) -> dict[str, torch.Tensor]:
+        """Return what this rank alone must keep to continue the run exactly, besides parameters and buffers.
+
+        Each rank writes its own into the checkpoint. It is no part of the module's state: nobody averages it over
+        ranks, casts or exports it.
+        """
+        return {}
+
+    def load_rank_state(self, state: Mapping[str, torch.Tensor]) -> None:
+        """Go on from what `rank_state` returned on this rank, on the CPU. Raises UserError when it does not fit."""
+
 
 def weighted_mean(
     loss_BX: torch.Tensor, weights_B: torch.Tensor | None, mean_over: float | None = None

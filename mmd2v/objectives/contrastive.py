@@ -1,97 +1,123 @@
-"""Contrastive loss between images and captions with negatives from all ranks."""
+"""Contrastive loss between two modalities with negatives from all ranks, of the final embedding and of chosen layers.
+
+Shapes: b rows of the first modality and n of the second on this rank, B and N of all ranks, D width.
+"""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
-from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from mmd2v.config.schema import ContrastiveConfig
 from mmd2v.data.batch import Batch
-from mmd2v.distributed.collectives import all_gather_with_gradient, rank
+from mmd2v.distributed.collectives import all_gather_with_gradient
 from mmd2v.errors import UserError
-from mmd2v.models.student import Student, StudentOutput
+from mmd2v.models.student import Student, StudentOutput, Wanted
 from mmd2v.models.teachers import Targets, Teacher
 from mmd2v.objectives.base import Objective
+from mmd2v.objectives.heads import regression_head
+from mmd2v.objectives.pairs import Owners, Pair, same_number_on_ranks
+from mmd2v.objectives.temperature import log_scales, scales
 from mmd2v_kernels import ContrastiveWeights, contrastive
-
-_LARGEST_LOG_SCALE = math.log(100)
-
-
-class _ClampInward(torch.autograd.Function):
-    """Clamp whose gradient dies outside the bounds only where a descent step would lead further out.
-
-    With a plain clamp a temperature that once passed a bound would stay there for good.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, low: float, high: float) -> torch.Tensor:
-        ctx.save_for_backward(x)
-        ctx.bounds = low, high
-        return x.clamp(low, high)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None, None]:
-        (x,), (low, high), (gradient,) = ctx.saved_tensors, ctx.bounds, gradients
-        outward = ((x > high) & (gradient < 0)) | ((x < low) & (gradient > 0))
-        return gradient.masked_fill(outward, 0), None, None
 
 
 class Contrastive(Objective):
-    """Symmetric InfoNCE with a learned temperature (Radford et al. 2021)."""
+    """Symmetric InfoNCE with learned temperatures (Radford et al. 2021), at one level or several.
+
+    A level is the final embedding or the CLS after a layer. Each has a temperature of its own, since the sharpness
+    that fits the last layer is wrong for an early one; and each layer has a head of its own, one for both modalities
+    where the final projection is shared and one a modality where it is not.
+    """
 
     def __init__(
         self, config: ContrastiveConfig, student: Student, teachers: Mapping[str, Teacher], where: str
     ) -> None:
         super().__init__(config, student, teachers, where)
-        if set(student.inputs.values()) != {"image", "text"}:
-            raise UserError(f"{where}: contrastive needs an image and a text modality, found {dict(student.inputs)}")
         self.config = config
-        self.names = {kind: name for name, kind in student.inputs.items()}
-        # One element and not a scalar: ZeRO-3 shards parameters by rows.
-        self.log_scale = nn.Parameter(torch.full((1,), -math.log(config.temperature)), requires_grad=config.learned)
+        self.pair = Pair(config.between, student.inputs, where, "contrastive")
+        _check_layers(config, student, self.pair, where)
+        self.shared_heads = student.config.projection.shared
+        dim = config.dim or student.embedding_width
+        owners = ("shared",) if self.shared_heads else self.pair.names
+        self.heads = nn.ModuleDict(
+            {
+                f"layer{i}": nn.ModuleDict(
+                    {owner: regression_head("norm_linear", student.config.width, dim, where) for owner in owners}
+                )
+                for i in config.layers
+            }
+        )
+        self.levels = ([None] if config.final else []) + list(config.layers)
+        self.log_scale = log_scales(config.temperature, config.learned, len(self.levels))
+
+    @property
+    def wanted(self) -> Wanted:
+        """See `Objective.wanted`."""
+        return Wanted(layers=frozenset(self.config.layers))
 
     def scale(self) -> torch.Tensor:
-        """Return the inverse temperature, within [1, 100]."""
-        return _ClampInward.apply(self.log_scale.float(), 0.0, _LARGEST_LOG_SCALE).exp()
+        """Return the inverse temperature of each level, within [1, 100]."""
+        return scales(self.log_scale)
 
     def forward(self, output: StudentOutput, targets: Mapping[str, Targets], batch: Batch) -> dict[str, torch.Tensor]:
-        """Return ``contrastive_loss``."""
-        if batch.mean_over is not None:
-            raise UserError(
-                "contrastive: the ranks must have equally many samples; data.batch_tokens does not give that"
+        """Return ``contrastive_loss`` and ``contrastive_loss/layerI``."""
+        same_number_on_ranks(batch, "contrastive")
+        owners = self.pair.owners(batch)
+        weights = _weights(owners)
+        losses = {}
+        for level, scale in zip(self.levels, self.scale().split(1), strict=True):
+            first_bD, second_nD = (self._embedding(output, level, name) for name in self.pair.names)
+            losses[_named("contrastive_loss", level)] = contrastive(
+                first_bD,
+                second_nD,
+                all_gather_with_gradient(first_bD),
+                all_gather_with_gradient(second_nD),
+                owners.of_own_n,
+                owners.of_all_N,
+                owners.offset,
+                scale,
+                self.config.label_smoothing,
+                weights,
             )
-        image_bD = output.embedding[self.names["image"]]
-        text_nD = output.embedding[self.names["text"]]
-        offset = rank() * len(batch)
-        owner_n = batch.caption_image + offset
-        owner_N = all_gather_with_gradient(owner_n)
-        loss = contrastive(
-            image_bD,
-            text_nD,
-            all_gather_with_gradient(image_bD),
-            all_gather_with_gradient(text_nD),
-            owner_n,
-            owner_N,
-            offset,
-            self.scale(),
-            self.config.label_smoothing,
-            _weights(batch, owner_N),
-        )
-        return {"contrastive_loss": loss}
+        return losses
+
+    def _embedding(self, output: StudentOutput, level: int | None, modality: str) -> torch.Tensor:
+        if level is None:
+            return output.embedding[modality]
+        head = self.heads[f"layer{level}"]["shared" if self.shared_heads else modality]
+        return F.normalize(head(output.layer_cls[level][modality]).float(), dim=-1)
 
     def metrics(self) -> dict[str, torch.Tensor]:
-        """Return the temperature's inverse."""
-        return {"contrastive_scale": self.scale().detach()}
+        """Return the temperatures' inverses."""
+        values = self.scale().detach().split(1)
+        return {_named("contrastive_scale", level): v for level, v in zip(self.levels, values, strict=True)}
 
 
-def _weights(batch: Batch, owner_N: torch.Tensor) -> ContrastiveWeights | None:
+def _named(name: str, level: int | None) -> str:
+    return name if level is None else f"{name}/layer{level}"
+
+
+def _check_layers(config: ContrastiveConfig, student: Student, pair: Pair, where: str) -> None:
+    for i in config.layers:
+        if i >= len(student.layers):
+            raise UserError(
+                f"{where}.layers: found {i}, expected an index below {len(student.layers)}, the number of layers"
+            )
+        for name in pair.names:
+            if name not in student.layers[i].modalities:
+                raise UserError(f"{where}.layers: found {i}, which '{name}' does not pass; expected a layer of both")
+    for name in pair.names if config.layers else ():
+        pooling = student.config.pooling.get(name, "cls")
+        if pooling != "cls":
+            raise UserError(f"{where}.layers: needs the CLS of '{name}', but model.pooling.{name} is {pooling}")
+
+
+def _weights(owners: Owners) -> ContrastiveWeights | None:
     """A damaged sample is neither query nor negative, on any rank; a caption counts as its image does."""
-    image_b, text_n = batch.weights, batch.caption_weights
-    if image_b is None or text_n is None:
+    if owners.own_weights_b is None:
         return None
-    image_B = all_gather_with_gradient(image_b)
-    return ContrastiveWeights(image_b, text_n, image_B, image_B[owner_N])
+    all_B = all_gather_with_gradient(owners.own_weights_b)
+    return ContrastiveWeights(owners.own_weights_b, all_B[owners.of_own_n], all_B, all_B[owners.of_all_N])

@@ -1,6 +1,7 @@
 """Checkpoints that exist whole or not at all, and continue a run exactly.
 
-A checkpoint is a folder ``step-000100`` with DeepSpeed's files and ``mmd2v.json``. All ranks write into
+A checkpoint is a folder ``step-000100`` with DeepSpeed's files, a file a rank of what objectives keep (see
+`rank_state`) and ``mmd2v.json``. All ranks write into
 ``.step-000100.tmp``; when every rank reports success, rank 0 renames it. What starts with a dot is never read; only
 `restore_replaced` looks for a checkpoint that was put aside for its successor when the run was killed.
 """
@@ -23,12 +24,13 @@ from mmd2v.config.schema import Config
 from mmd2v.data.stream import TrainFacts
 from mmd2v.data.token_batches import TokenOrder
 from mmd2v.distributed.collectives import barrier, gather_objects
-from mmd2v.distributed.coordination import from_main_rank, shared_error
+from mmd2v.distributed.coordination import from_main_rank, on_every_rank, shared_error
 from mmd2v.distributed.environment import World
 from mmd2v.errors import UserError, disk_message, nearest
 from mmd2v.files import write_json
 from mmd2v.train.engine import Engine, quiet
 from mmd2v.train.optimizer import public_name
+from mmd2v.train.rank_state import load_rank_state, save_rank_state
 
 MANIFEST = "mmd2v.json"
 AUTO = "auto"
@@ -245,6 +247,8 @@ class Checkpointer:
         temporary = self.folder / f".{final.name}.tmp"
         from_main_rank(lambda: self._prepare(temporary))
         error = _write(engine, temporary)
+        if error is None:
+            error = _guarded(lambda: save_rank_state(engine.module.objectives, temporary))
         if error is None and self.world.is_main:
             error = _guarded(lambda: write_json(temporary / MANIFEST, asdict(manifest)))
         errors = gather_objects(error)
@@ -394,6 +398,7 @@ def load_checkpoint(engine: Engine, path: Path, expected: Manifest) -> Manifest:
         raise UserError(f"{path}: the checkpoint is damaged: {str(error).splitlines()[0]}") from error
     if loaded is None:
         raise UserError(f"{path}: the checkpoint is damaged: files of DeepSpeed are missing")
+    on_every_rank(lambda: load_rank_state(engine.module.objectives, path))
     return manifest
 
 

@@ -37,36 +37,60 @@ def public_name(name: str) -> str:
 def parameter_groups(config: OptimizerConfig, named_parameters: NamedParameters) -> list[ParameterGroup]:
     """Sort the trainable parameters into groups; the first wildcard of ``optimizer.groups`` that matches wins.
 
-    Unless ``decay_all``, 1-D parameters, CLS tokens, positions and embeddings are decayed in no group. Raises
-    UserError for a wildcard that no trainable parameter matches, and when nothing is trainable.
+    Unless ``decay_all``, 1-D parameters, CLS tokens, positions and embeddings are decayed in no group. Under
+    ``layer_decay`` a group is divided by depth, see `depth_multiplier`. Raises UserError for a wildcard that no
+    trainable parameter matches, and when nothing is trainable.
     """
-    trainable = [(public_name(name), p) for name, p in named_parameters if p.requires_grad]
+    named = [(public_name(name), p) for name, p in named_parameters]
+    trainable = [(name, p) for name, p in named if p.requires_grad]
     if not trainable:
         raise UserError("model.freeze: every parameter is frozen; nothing is left to train")
     for i, group in enumerate(config.groups):
         if not any(fnmatchcase(name, group.match) for name, _ in trainable):
             raise no_match(f"optimizer.groups.{i}.match (trainable parameters)", group.match, [n for n, _ in trainable])
 
-    members: dict[tuple[int | None, bool], list[tuple[str, nn.Parameter]]] = {}
+    layers = 1 + max((_layer(name) for name, _ in named), default=-1)  # frozen ones too: they are as deep
+    members: dict[tuple[int | None, bool, float], list[tuple[str, nn.Parameter]]] = {}
     for name, parameter in trainable:
         first = next((i for i, group in enumerate(config.groups) if fnmatchcase(name, group.match)), None)
         decayed = config.decay_all or not no_decay(name, parameter)
-        members.setdefault((first, decayed), []).append((name, parameter))
+        depth = depth_multiplier(name, layers, config.layer_decay)
+        members.setdefault((first, decayed, depth), []).append((name, parameter))
 
     result = []
-    for (index, decayed), pairs in members.items():
+    for (index, decayed, depth), pairs in members.items():
         own = None if index is None else config.groups[index]
         decay = config.weight_decay if own is None or own.weight_decay is None else own.weight_decay
+        label = ("*" if own is None else own.match) + ("" if depth == 1 else f" × {depth:.3g}")
         result.append(
             ParameterGroup(
-                label=("*" if own is None else own.match) + ("" if decayed else " (no decay)"),
+                label=label + ("" if decayed else " (no decay)"),
                 names=tuple(name for name, _ in pairs),
                 parameters=tuple(parameter for _, parameter in pairs),
-                lr_multiplier=1.0 if own is None else own.lr_multiplier,
+                lr_multiplier=depth * (1.0 if own is None else own.lr_multiplier),
                 weight_decay=decay if decayed else 0.0,
             )
         )
     return result
+
+
+def depth_multiplier(name: str, layers: int, decay: float) -> float:
+    """Return the factor of layer-wise decay (Clark et al. 2020) on a parameter's learning rate.
+
+    Of ``layers`` layers, layer i has decay^(layers - i). What comes before them, which is encoders with whatever
+    backbone is inside and token types, has decay^(layers + 1). What comes after them (final norm, projection,
+    objectives with their heads and temperatures) has the full rate.
+    """
+    part = name.split(".")[0]
+    if part == "layers":
+        return decay ** (layers - _layer(name))
+    return decay ** (layers + 1) if part in ("encoders", "token_types") else 1.0
+
+
+def _layer(name: str) -> int:
+    """Return the index of the layer that a parameter is in, -1 for none."""
+    words = name.split(".")
+    return int(words[1]) if words[0] == "layers" else -1
 
 
 def build_optimizer(

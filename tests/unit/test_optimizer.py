@@ -120,3 +120,40 @@ def test_other_package_named_apex_is_told_apart(monkeypatch):
     monkeypatch.setitem(sys.modules, "apex", types.ModuleType("apex"))
     with pytest.raises(UserError, match="is not NVIDIA's"):
         _build("apex_adam", torch.device("cuda"))
+
+
+def test_learning_rates_fall_with_the_distance_from_the_top():
+    """Three layers, decay 0.5: the last has 0.5, the first 0.125, what comes before them 0.0625."""
+    module = _module(model__token_types="input", model__freeze=["layers.1.*"])
+    groups = _groups(OptimizerConfig(layer_decay=0.5), module)
+    rate = {name: group.lr_multiplier for group in groups for name in group.names}
+    expected = {"encoders": 0.0625, "token_types": 0.0625, "layers.0": 0.125, "layers.2": 0.5}
+    expected |= {"norm": 1.0, "projection": 1.0, "objectives": 1.0}
+    for part, multiplier in expected.items():
+        assert {own for name, own in rate.items() if name.startswith(f"{part}.")} == {multiplier}
+    # One a rate and decay: positions, biases, norms and the temperature are not decayed, nor are token types.
+    assert len(groups) == 2 * 4
+    assert {group.label for group in groups} >= {"* × 0.125", "* × 0.0625 (no decay)", "*", "* (no decay)"}
+
+
+def test_layer_decay_multiplies_a_groups_own_rate():
+    settings = OptimizerConfig(
+        layer_decay=0.8, groups=[{"match": "*.text.*", "lr_multiplier": 0.1}, {"match": "norm.*", "lr_multiplier": 3}]
+    )
+    rate = {name: group.lr_multiplier for group in _groups(settings) for name in group.names}
+    assert rate["layers.1.mlp.text.fc1.weight"] == pytest.approx(0.1 * 0.8**2)
+    assert rate["layers.1.mlp.image.fc1.weight"] == pytest.approx(0.8**2)
+    assert rate["encoders.text.embedding.weight"] == pytest.approx(0.1 * 0.8**4)
+    assert rate["norm.weight"] == 3
+
+
+def test_without_layer_decay_there_are_two_groups():
+    groups = _groups(OptimizerConfig())
+    assert {group.label for group in groups} == {"*", "* (no decay)"} and len(groups) == 2
+    assert {group.lr_multiplier for group in groups} == {1.0}
+
+
+def test_the_optimiser_gets_the_decayed_rates():
+    config = small_config(optimizer__name="adamw", optimizer__layer_decay=0.5, optimizer__lr=0.01)
+    optimizer, _ = build_optimizer(config, _groups(config.optimizer), CPU)
+    assert {round(group["lr"], 8) for group in optimizer.param_groups} == {0.01, 0.005, 0.0025, 0.00125, 0.000625}

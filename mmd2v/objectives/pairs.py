@@ -1,0 +1,81 @@
+"""Which rows of two modalities belong to one sample, on this rank and among all.
+
+Shapes: b samples and n captions of this rank, B and N of all ranks. Rows of a text modality are captions, those of any
+other are samples.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from mmd2v.data.batch import Batch
+from mmd2v.distributed.collectives import all_gather_with_gradient, rank
+from mmd2v.errors import UserError
+
+
+@dataclass(frozen=True)
+class Owners:
+    """Of the second side of a pair, each row's row on the first side, where a row owns any number of them."""
+
+    of_own_n: torch.Tensor
+    """int64 [n], rows of this rank, as rows among all ranks'."""
+    of_all_N: torch.Tensor
+    """int64 [N]"""
+    offset: int
+    """Row among all ranks' of this rank's first row on the first side."""
+    own_weights_b: torch.Tensor | None
+    """0 for a damaged sample; None: all count."""
+
+
+class Pair:
+    """Two modalities to be compared; a text comes second where the other is none."""
+
+    def __init__(self, between: Sequence[str] | None, inputs: Mapping[str, str], where: str, kind: str) -> None:
+        """``inputs`` is modality → what it sees. Raises UserError when the two modalities are not clear."""
+        self.first, self.second = _named(between, inputs, where, kind)
+        if inputs[self.first] == "text" and inputs[self.second] != "text":
+            self.first, self.second = self.second, self.first
+        self.texts = [inputs[name] == "text" for name in (self.first, self.second)]
+
+    @property
+    def names(self) -> tuple[str, str]:
+        """First and second."""
+        return self.first, self.second
+
+    def owners(self, batch: Batch) -> Owners:
+        """Return which rows belong together; every rank must call it, with equally many samples and captions."""
+        if self.texts == [False, True]:
+            of_own_n, rows, weights = batch.caption_image, len(batch), batch.weights
+        else:  # row by row: two views of a sample, or two encoders of one caption
+            rows = len(batch.caption_image) if all(self.texts) else len(batch)
+            of_own_n = torch.arange(rows, device=batch.images.device)
+            weights = batch.caption_weights if all(self.texts) else batch.weights
+        offset = rank() * rows
+        of_own_n = of_own_n + offset
+        return Owners(of_own_n, all_gather_with_gradient(of_own_n), offset, weights)
+
+
+def _named(between: Sequence[str] | None, inputs: Mapping[str, str], where: str, kind: str) -> tuple[str, str]:
+    if between is not None:
+        first, second = between  # the schema has found both among the modalities
+        return first, second
+    by_kind = {wanted: [name for name, one in inputs.items() if one == wanted] for wanted in ("image", "text")}
+    if not (by_kind["image"] and by_kind["text"]) and len(inputs) < 3:
+        raise UserError(
+            f"{where}: {kind} needs an image and a text modality, found {dict(inputs)}; name any two under `between`"
+        )
+    if len(inputs) != 2:
+        raise UserError(
+            f"{where}.between: missing, but there are {len(inputs)} modalities ({', '.join(inputs)}); expected two of "
+            "them"
+        )
+    return by_kind["image"][0], by_kind["text"][0]
+
+
+def same_number_on_ranks(batch: Batch, kind: str) -> None:
+    """Raise UserError where the ranks have different numbers of samples, so that rows could not be gathered."""
+    if batch.mean_over is not None:
+        raise UserError(f"{kind}: the ranks must have equally many samples; data.batch_tokens does not give that")

@@ -1,0 +1,60 @@
+"""Sigmoid loss over all pairs of two modalities, of all ranks (Zhai et al. 2023).
+
+Shapes: b rows of the first modality and n of the second on this rank, B and N of all ranks, D width.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import torch
+from torch import nn
+
+from mmd2v.config.schema import SigLIPConfig
+from mmd2v.data.batch import Batch
+from mmd2v.distributed.collectives import all_gather_with_gradient
+from mmd2v.models.student import Student, StudentOutput
+from mmd2v.models.teachers import Targets, Teacher
+from mmd2v.objectives.base import Objective
+from mmd2v.objectives.pairs import Pair, same_number_on_ranks
+from mmd2v_kernels import siglip
+
+
+class SigLIP(Objective):
+    """Each pair is classified by itself, with a learned scale and bias; every caption of an image is a positive.
+
+    The second modality's embeddings are gathered with gradient and the first's stay where they are: of the B × N
+    logits a rank computes b × N, each once.
+    """
+
+    def __init__(self, config: SigLIPConfig, student: Student, teachers: Mapping[str, Teacher], where: str) -> None:
+        super().__init__(config, student, teachers, where)
+        self.pair = Pair(config.between, student.inputs, where, "siglip")
+        # Vectors and not scalars: ZeRO-3 shards parameters by rows.
+        self.log_scale = nn.Parameter(torch.full((1,), math.log(config.scale)), requires_grad=config.learned)
+        self.bias = nn.Parameter(torch.full((1,), config.bias), requires_grad=config.learned)
+
+    def forward(self, output: StudentOutput, targets: Mapping[str, Targets], batch: Batch) -> dict[str, torch.Tensor]:
+        """Return ``siglip_loss``."""
+        same_number_on_ranks(batch, "siglip")
+        owners = self.pair.owners(batch)
+        first_bD, second_nD = (output.embedding[name] for name in self.pair.names)
+        weights = None
+        if owners.own_weights_b is not None:
+            weights = owners.own_weights_b, all_gather_with_gradient(owners.own_weights_b)[owners.of_all_N]
+        loss = siglip(
+            first_bD,
+            all_gather_with_gradient(second_nD),
+            owners.of_all_N,
+            owners.offset,
+            self.log_scale.float().exp(),
+            self.bias.float(),
+            len(second_nD),
+            weights,
+        )
+        return {"siglip_loss": loss}
+
+    def metrics(self) -> dict[str, torch.Tensor]:
+        """Return scale and bias."""
+        return {"siglip_scale": self.log_scale.detach().float().exp(), "siglip_bias": self.bias.detach().float()}

@@ -11,7 +11,7 @@ from pathlib import Path
 from safetensors.torch import save_file
 
 from mmd2v.config.load import dump_config, load_config
-from mmd2v.config.schema import AnyEncoder, Config, InitConfig, LayerConfig, SourceConfig, TrainSetConfig
+from mmd2v.config.schema import Config, EncoderConfig, InitConfig, LayerConfig, SourceConfig, TrainSetConfig
 from mmd2v.data.tokenizers import Tokenizer, load_tokenizer
 from mmd2v.errors import UserError, nearest
 from mmd2v.files import atomic_path, write_text
@@ -140,7 +140,7 @@ def _portable_train(train: TrainSetConfig) -> TrainSetConfig:
     return train.model_copy(update={"shards": shards, "sets": sets})
 
 
-def _portable_encoder(name: str, encoder: AnyEncoder, folder: Path) -> AnyEncoder:
+def _portable_encoder(name: str, encoder: EncoderConfig, folder: Path) -> EncoderConfig:
     if encoder.kind == "hf":
         from transformers import AutoConfig  # slow to import, and few exports need it
 

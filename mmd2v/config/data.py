@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from mmd2v.config.section import Fraction, NonNegativeInt, Positive, PositiveInt, Section, Triple
 
@@ -141,6 +141,24 @@ class SourceConfig(Section):
     )
 
 
+class ArrayConfig(Section):
+    """Floats of a fixed shape that lie beside a sample's image and captions: what a further modality sees."""
+
+    key: str = Field(
+        "npy", description="extension of the member that holds it in NumPy's format: `npy` or NAME.npy, lower case"
+    )
+    shape: tuple[PositiveInt, ...] = Field(
+        min_length=1, description="its shape, the same for all samples, such as [patches, values of a patch]"
+    )
+
+    @field_validator("key")
+    @classmethod
+    def _is_array(cls, key: str) -> str:
+        if key != key.lower() or "/" in key or not (key == "npy" or (key.endswith(".npy") and not key.startswith("."))):
+            raise ValueError(f"found '{key}'; expected npy or NAME.npy, in lower case")
+        return key
+
+
 class DataConfig(Section):
     """Where samples come from and how a batch is made of them."""
 
@@ -153,6 +171,10 @@ class DataConfig(Section):
         default_factory=ImageTransformConfig, description="what happens to an image before the student sees it"
     )
     tokenizer: TokenizerConfig | None = Field(None, description="needed whenever a text modality is trained")
+    arrays: dict[str, ArrayConfig] = Field(
+        default_factory=dict,
+        description="name → array of every sample, for encoders whose `input` is that name; others are not read",
+    )
     captions_per_image: PositiveInt = Field(
         1,
         description="captions drawn an image (without images: a text sample) and epoch, without repetition as long as "
@@ -206,6 +228,14 @@ class DataConfig(Section):
     )
     workers: NonNegativeInt = Field(1, description="loader processes a rank; 0 loads in the training process")
     prefetch: PositiveInt = Field(4, description="finished batches each worker keeps ready")
+
+    @field_validator("arrays")
+    @classmethod
+    def _named(cls, arrays: dict[str, ArrayConfig]) -> dict[str, ArrayConfig]:
+        for name in ("image", "text"):
+            if name in arrays:
+                raise ValueError(f"'{name}' is an input of its own; give the array another name")
+        return arrays
 
     @model_validator(mode="after")
     def _droppable(self) -> DataConfig:

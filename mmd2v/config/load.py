@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import difflib
+import importlib
 import os
 import re
 import types
@@ -344,7 +345,9 @@ def _problem(error: Any, data: dict[str, Any], origin: Mapping[KeyPath, str], de
     return f"{prefix}found {_shown(error['input'])}; {expected}{'.' + hint if hint else ''}"
 
 
-def _report(error: ValidationError, data: dict[str, Any], origin: Mapping[KeyPath, str], default: str) -> UserError:
+def _report(
+    error: ValidationError, data: dict[str, Any], origin: Mapping[KeyPath, str], default: str, advice: str = ""
+) -> UserError:
     lines = []
     errors = error.errors()
     for e in errors:
@@ -353,19 +356,35 @@ def _report(error: ValidationError, data: dict[str, Any], origin: Mapping[KeyPat
         if not (e["type"] == "string_type" and isinstance(e["input"], list) and deeper):
             lines.append(_problem(e, data, origin, default))
     if len(lines) == 1:
-        return UserError(lines[0])
-    return UserError(f"{len(lines)} problems in the config:\n" + "\n".join(f"  {line}" for line in lines))
+        return UserError(lines[0] + advice)
+    return UserError(f"{len(lines)} problems in the config:\n" + "\n".join(f"  {line}" for line in lines) + advice)
+
+
+def _import_plugins(names: Any, where: str) -> None:
+    """Import the modules that a config names; what is no list of names is left to the schema's complaint."""
+    if not isinstance(names, list):
+        return
+    for name in names:
+        try:
+            if isinstance(name, str):
+                importlib.import_module(name)
+        except (ImportError, ValueError, TypeError) as error:  # empty and relative names raise the latter two
+            raise UserError(
+                f"{where}: found '{name}', expected a Python module that can be imported (installed, or in a folder "
+                f"of PYTHONPATH): {error}"
+            ) from None
 
 
 # ------------------------------------------------------------------------------------------- public API
 
 
-def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+def load_config(path: str | Path, overrides: Sequence[str] = (), *, plugins: bool = True) -> Config:
     """Read a run's description.
 
     ``path`` is a YAML file; its one ``base:`` key may name another file (relative to it) that is read first.
     Dictionaries merge deeply, lists replace. ``overrides`` are ``--a.b value`` or ``--a.b=value``, values in YAML.
-    ``${VAR}`` and ``${VAR:-default}`` in strings come from the environment.
+    ``${VAR}`` and ``${VAR:-default}`` in strings come from the environment. ``plugins=False`` imports none of the
+    modules that its ``plugins`` name: for files that are not one's own.
 
     Raises UserError with one line a problem: file or flag, key path, what was found, what was expected.
     """
@@ -387,13 +406,20 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         return _expand(text, f"{_origin_of(origin, at, default)}: {_render(at)}")
 
     data = _map_strings(data, expand)
+    if plugins:
+        _import_plugins(data.get("plugins"), f"{_origin_of(origin, ('plugins',), default)}: plugins")
+    advice = ""
+    if not plugins and data.get("plugins"):
+        advice = (
+            f"\nIt names plugins ({_shown(data['plugins'])}) that are not imported here: import them yourself first"
+        )
     try:
         return Config.model_validate(data)
     except ValidationError as error:
         # `--name 2024` reads as a number in YAML, and the field wants text: take what was typed.
         texts = {e["loc"] for e in error.errors() if e["type"] == "string_type"} & set(raw_values)
         if not texts:
-            raise _report(error, data, origin, default) from None
+            raise _report(error, data, origin, default, advice) from None
     for at in texts:
         container: Any = data
         for key in at[:-1]:
@@ -402,7 +428,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     try:
         return Config.model_validate(data)
     except ValidationError as error:
-        raise _report(error, data, origin, default) from None
+        raise _report(error, data, origin, default, advice) from None
 
 
 def dump_config(config: Config) -> str:

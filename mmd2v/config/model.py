@@ -10,8 +10,13 @@ from mmd2v.config.section import NonNegativeInt, Positive, PositiveInt, Rate, Se
 
 
 class EncoderConfig(Section):
-    """Fields every modality encoder shares. Its output tokens are bridged linearly to the model's width if need be."""
+    """Fields every modality encoder shares. Its output tokens are bridged linearly to the model's width if need be.
 
+    A kind of encoder is a subclass with a `kind` of its own; `mmd2v.models.encoders.register_encoder` makes it known.
+    """
+
+    kind: str = Field(description="which encoder it is")
+    input: str = Field(description="the part of a sample it sees: image, text, or the name of an array in data.arrays")
     frozen: bool = Field(
         False,
         description="keep the encoder's own weights fixed, a backbone also in eval mode; what is added to a backbone "

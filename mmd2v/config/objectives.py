@@ -173,6 +173,15 @@ class TokenRegressionConfig(ObjectiveConfig):
     loss: Literal["mse", "smooth_l1", "cosine"] = Field("mse", description="distance to the target")
 
 
+class MatchingConfig(ObjectiveConfig):
+    """Whether an image and a text belong together, with hard negatives, over joint sequences (`model.joint_from`)."""
+
+    kind: Literal["matching"] = Field("matching", description="image–text matching with hard negatives")
+    temperature: float = Field(
+        0.07, ge=0.01, le=1, description="of the softmax of similarities that hard negatives are drawn from"
+    )
+
+
 class AttributesConfig(ObjectiveConfig):
     """Multi-label classification of a sample's known attributes (binary cross-entropy)."""
 
@@ -189,6 +198,7 @@ AnyObjective = Annotated[
     | ContrastiveConfig
     | SigLIPConfig
     | ContrastiveTargetConfig
+    | MatchingConfig
     | AttributesConfig,
     Field(discriminator="kind"),
 ]

@@ -7,6 +7,7 @@ from typing import Any
 from pydantic import Field, model_validator
 
 from mmd2v.config.data import (
+    ArrayConfig,
     DamageConfig,
     DataConfig,
     ImageTransformConfig,
@@ -35,6 +36,7 @@ from mmd2v.config.objectives import (
     ContrastiveConfig,
     ContrastiveTargetConfig,
     LayerResultsConfig,
+    MatchingConfig,
     ObjectiveConfig,
     SigLIPConfig,
     TeacherConfig,
@@ -58,10 +60,12 @@ from mmd2v.config.training import (
     ParameterGroupConfig,
     Precision,
 )
+from mmd2v.errors import nearest
 
 __all__ = [
     "AnyEncoder",
     "AnyObjective",
+    "ArrayConfig",
     "AttributesConfig",
     "CLSRegressionConfig",
     "CheckpointConfig",
@@ -80,6 +84,7 @@ __all__ = [
     "LayerConfig",
     "LayerResultsConfig",
     "LoggingConfig",
+    "MatchingConfig",
     "MixedSetConfig",
     "ModelConfig",
     "NonNegativeInt",
@@ -111,6 +116,10 @@ class Config(Section):
 
     name: str = Field(description="name of the run")
     run_dir: str = Field(description="folder that receives config, metrics and checkpoints")
+    plugins: list[str] = Field(
+        default_factory=list,
+        description="Python modules that are imported before the rest is read: they register encoders of their own",
+    )
     seed: int = Field(0, ge=0, description="seed of initialisation, data order, augmentation and dropout")
     steps: PositiveInt | None = Field(None, description="optimiser steps; give this or `epochs`")
     epochs: float | None = Field(None, gt=0, description="passes over data.train; give this or `steps`")
@@ -151,8 +160,21 @@ class Config(Section):
                 # The student's own encoder has a pooled feature, and nothing else that could be learned.
                 encoder_too = isinstance(objective, CLSRegressionConfig)
                 self._check_teacher(teacher, f"objectives.{i}.teacher", encoder_too)
+            if isinstance(objective, MatchingConfig) and self.model.joint_from is None:
+                raise ValueError(
+                    f"objectives.{i}: matching needs model.joint_from, the first layer that an image and its text "
+                    "pass as one sequence; it is null"
+                )
             if isinstance(objective, AttributesConfig) and self.data.labels is None:
                 raise ValueError(f"objectives.{i}: the attributes objective needs data.labels")
+        inputs = ["image", "text", *self.data.arrays]
+        for name, encoder in self.model.encoders.items():
+            if encoder.input not in inputs:
+                raise ValueError(
+                    f"model.encoders.{name}.input: found '{encoder.input}'; expected image, text or a name in "
+                    f"data.arrays ({', '.join(self.data.arrays) or 'which is empty'})."
+                    f"{nearest(encoder.input, inputs)}"
+                )
         needs_text = any(encoder.input == "text" for encoder in self.model.encoders.values())
         if needs_text and self.data.tokenizer is None:
             raise ValueError("data.tokenizer: missing, but model.encoders has a text modality")
@@ -179,6 +201,11 @@ class Config(Section):
                 "data.batch_tokens: this run uses images (model.encoders, or a teacher without `modality: text`), "
                 "expected text alone; give engine.batch_size instead"
             )
+        if self.array_inputs:
+            raise ValueError(
+                f"data.batch_tokens: model.encoders sees arrays ({', '.join(self.array_inputs)}), expected text "
+                "alone; give engine.batch_size instead"
+            )
         if self.data.tokenizer is None:
             raise ValueError("data.tokenizer: missing, but data.batch_tokens counts its tokens")
         for objective in self.objectives:
@@ -191,6 +218,12 @@ class Config(Section):
     def label_classes(self) -> int | None:
         """Length of the label vectors that the attributes objective reads; None without one."""
         return next((o.classes for o in self.objectives if isinstance(o, AttributesConfig)), None)
+
+    @property
+    def array_inputs(self) -> dict[str, ArrayConfig]:
+        """Name → array that an encoder sees."""
+        inputs = {encoder.input for encoder in self.model.encoders.values()}
+        return {name: array for name, array in self.data.arrays.items() if name in inputs}
 
     @property
     def uses_images(self) -> bool:

@@ -45,6 +45,8 @@ class Batch:
     """Images whose rows in `images` are still to be filled, where the device decodes."""
     teacher_outputs: dict[str, torch.Tensor] = field(default_factory=dict)
     """Teacher → its stored outputs [B or N, …], where they are replayed."""
+    arrays: dict[str, torch.Tensor] = field(default_factory=dict)
+    """Name in ``data.arrays`` → float32 [B, …], of those that an encoder sees; zeros for a damaged sample."""
 
     def __len__(self) -> int:
         return self.images.shape[0]

@@ -5,14 +5,15 @@ Shapes: B images, N captions, S tokens, A labels, H W pixels.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
-from mmd2v.config.schema import DataConfig
+from mmd2v.config.schema import ArrayConfig, DataConfig
+from mmd2v.data.array_members import parse_array
 from mmd2v.data.batch import Batch
 from mmd2v.data.cursor import Position
 from mmd2v.data.damage import Damage, DamagedSample, DamageKind
@@ -117,6 +118,8 @@ class Collate:
     states: WorkerStates | None = None
     outputs: Sequence[StoredOutputs] = ()
     """Teachers' stored outputs that go into the batch."""
+    arrays: Mapping[str, ArrayConfig] = field(default_factory=dict)
+    """Name → array that goes into the batch."""
 
     def __call__(self, source: Iterator[list[FetchedSample]]) -> Iterator[Batch]:
         """Turn each list of samples into a batch."""
@@ -132,6 +135,7 @@ class Collate:
         """
         size = self.view.config.image.size if self.images else 0
         images = new_images(len(samples), size)
+        arrays = {name: torch.zeros(len(samples), *array.shape) for name, array in self.arrays.items()}
         texts: list[str] = []
         owners: list[int] = []
         labels: list[list[float] | None] = []
@@ -140,14 +144,15 @@ class Collate:
         for row, sample in enumerate(samples):
             self._enter(Stage.DECODING, sample.place)
             try:
-                captions, label, crop = self._fill(images, row, sample)
+                captions, label, crop = self._fill(images, arrays, row, sample)
                 if crop is not None:
                     encoded.append((row, (sample.shard, sample.place.row), sample.raw.image, crop))
             except Damage as damage:
                 if not self.tolerant:
                     raise
                 damaged[row] = DamagedSample(damage.kind, sample.shard, sample.place.row, str(damage))
-                images[row] = 0
+                for values in (images, *arrays.values()):
+                    values[row] = 0
                 captions, label = self.view.no_captions, None
             labels.append(label)
             if self.tokenizer is not None:
@@ -173,12 +178,15 @@ class Collate:
             encoded=EncodedImages.pack(encoded),
             mean_over=samples[0].place.mean_over if samples else None,
             teacher_outputs={key: value for stored in self.outputs for key, value in stored.read(places).items()},
+            arrays=arrays,
         )
 
     def _fill(
-        self, images: torch.Tensor, row: int, sample: FetchedSample
+        self, images: torch.Tensor, arrays: Mapping[str, torch.Tensor], row: int, sample: FetchedSample
     ) -> tuple[Sequence[str], list[float] | None, Crop | None]:
-        """Put a sample's pixels into their row; return captions, labels and, if the device does it, the crop."""
+        """Put a sample's pixels and arrays into their row; return captions, labels and, if the device does it, the
+        crop.
+        """
         raw, crop = sample.raw, None
         if isinstance(raw, Damage):
             raise raw
@@ -192,6 +200,8 @@ class Collate:
                     "(data.damage.max_caption_length)",
                 )
         label = None if self.labels is None else _label(raw, *self.labels)
+        for name, array in self.arrays.items():
+            arrays[name][row] = parse_array(raw.arrays[array.key], array, raw.where)
         if self.images:
             # A decompression bomb is refused by its header, before any of its pixels has been made.
             check_pixels(raw.image, self.view.config.damage.max_pixels, raw.where, "data.damage.max_pixels")

@@ -23,6 +23,8 @@ class SampleReader:
     images: bool
     """Whether images are read."""
     states: WorkerStates
+    arrays: Sequence[str] = ()
+    """Keys of the arrays that are read."""
 
     def __call__(self, source: Iterator[list[Position]]) -> Iterator[list[FetchedSample]]:
         """Turn each list of places into a list of samples; what cannot be read is its `Damage`."""
@@ -42,7 +44,8 @@ class SampleReader:
             rows = list(group)
             self.states.enter(Stage.READING, set_, places[rows[0]].shard)
             shards = self.sets[set_]
-            raws = shards.read_many([(places[i].shard, places[i].row) for i in rows], images=self.images)
+            where = [(places[i].shard, places[i].row) for i in rows]
+            raws = shards.read_many(where, images=self.images, arrays=self.arrays)
             for i, raw in zip(rows, raws, strict=True):
                 shard = display(shards.paths[places[i].shard])
                 fetched[i] = FetchedSample(places[i], shard, self.names[set_], raw)

@@ -1,9 +1,10 @@
 """Where the samples of one shard lie, and how one is read from its bytes.
 
 A shard is an uncompressed tar in which one sample is a run of members with one key: an image, and its captions as
-``.json`` (key ``captions`` or ``caption``) or ``.txt`` (a caption a line). The index of a shard is kept beside it as
-``NAME.tar.idx``, a safetensors file: int64 ``spans`` [R, 3, 2], uint8 ``keys`` (UTF-8, separated by a zero byte), and
-the bytes of the tar in its metadata. It opens in 0.5 ms where JSON took 15 (10,000 samples).
+``.json`` (key ``captions`` or ``caption``) or ``.txt`` (a caption a line); arrays (``.npy``) may stand beside them. The
+index of a shard is kept beside it as ``NAME.tar.idx``, a safetensors file: int64 ``spans`` [R, 3, 2], uint8 ``keys``
+(UTF-8, separated by a zero byte), where the arrays lie if there are any, and the bytes of the tar in its metadata. It
+opens in 0.5 ms where JSON took 15 (10,000 samples).
 
 Shapes: R samples (rows) of one shard.
 """
@@ -14,12 +15,13 @@ import json
 import os
 import tarfile
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, overload
 
 import numpy as np
 
+from mmd2v.data.array_members import ArrayMembers, ArrayScan, is_array_key
 from mmd2v.data.captions import meta_captions, parse_meta, text_captions
 from mmd2v.data.damage import Damage, DamageKind
 from mmd2v.files import atomic_path
@@ -29,6 +31,7 @@ IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "gif")
 _SIZE = "mmd2v_shard_index_1_bytes"  # the one key of the metadata: safetensors writes several in any order
 _BLOCK = 512  # bytes of a tar block
 _IMAGE, _META, _TEXT = range(3)  # columns of ShardIndex.spans
+_COLUMNS = {**dict.fromkeys(IMAGE_SUFFIXES, _IMAGE), "json": _META, "txt": _TEXT}
 
 
 @dataclass(frozen=True)
@@ -44,6 +47,8 @@ class RawSample:
     """At least one, none of them empty."""
     meta: dict[str, Any]
     """The sample's JSON object; empty when its captions came from a ``.txt``."""
+    arrays: dict[str, memoryview] = field(default_factory=dict)
+    """Key of a member → its bytes, of those that were asked for."""
 
     @property
     def id(self) -> str:
@@ -115,14 +120,24 @@ class ShardIndex:
         keys: R keys.
         spans: int64 [R, 3, 2], byte offset and size of the image, the ``.json`` and the ``.txt``; offset -1: absent.
         size: bytes of the whole tar file, also when the file on disk ends before.
+        arrays: where the arrays lie.
     """
 
-    def __init__(self, path: str, keys: Keys, spans: np.ndarray, size: int, name: str | None = None) -> None:
+    def __init__(
+        self,
+        path: str,
+        keys: Keys,
+        spans: np.ndarray,
+        size: int,
+        name: str | None = None,
+        arrays: ArrayMembers | None = None,
+    ) -> None:
         self.path = path
         self.name = path if name is None else name
         self.keys = keys
         self.spans = spans
         self.size = size
+        self.arrays = ArrayMembers.none() if arrays is None else arrays
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -181,19 +196,21 @@ class ShardIndex:
             if size < 0 or (spans_R32 < [-1, 0]).any():
                 raise ValueError("negative offsets or sizes")
             keys = Keys(bytes(blob), len(spans_R32))
+            found = {name: _as_array(tensors[name]) for name in ("arrays", "array_keys") if name in tensors}
+            arrays = ArrayMembers.of_tensors(found, len(keys))
         except (safetensors.SafetensorError, KeyError, ValueError, TypeError):
             raise Damage(
                 DamageKind.SHARD_UNREADABLE,
                 f"{index_path}: not a shard index of this version; delete it to scan the shard",
             ) from None
-        return cls(path, keys, spans_R32, size, name)
+        return cls(path, keys, spans_R32, size, name, arrays)
 
     def to_bytes(self) -> bytes:
         """What an index file holds."""
         from safetensors.numpy import save
 
         tensors = {"spans": np.ascontiguousarray(self.spans), "keys": np.frombuffer(self.keys.blob, np.uint8)}
-        return save(tensors, {_SIZE: str(self.size)})
+        return save({**tensors, **self.arrays.tensors()}, {_SIZE: str(self.size)})
 
     @classmethod
     def scan(cls, path: str, *, name: str | None = None, tolerant: bool = False) -> ShardIndex:
@@ -211,6 +228,7 @@ class ShardIndex:
         size = _file_size(path, name)
         keys: list[str] = []
         spans: list[list[list[int]]] = []
+        arrays = ArrayScan()
         end = 0
         problem: Damage | None = None
         try:
@@ -222,10 +240,15 @@ class ShardIndex:
                     # tarfile keeps every header it has seen; a shard may hold a hundred thousand.
                     tar.members = []  # type: ignore[attr-defined]
                     # A zero byte ends a name, as it does in a header without extensions.
-                    key, column = _split_name(member.name.partition("\0")[0])
+                    key, suffix = _split_name(member.name.partition("\0")[0])
+                    column = _COLUMNS.get(suffix)
+                    if member.isfile() and is_array_key(suffix):
+                        row = len(keys) - 1 if keys and keys[-1] == key else None
+                        arrays.found(key, row, suffix, member.offset_data, member.size)
                     if not member.isfile() or column is None:
                         continue
                     if not keys or keys[-1] != key or spans[-1][column][0] >= 0:
+                        arrays.started(key, len(keys))
                         keys.append(key)
                         spans.append([[-1, 0], [-1, 0], [-1, 0]])
                     spans[-1][column] = [member.offset_data, member.size]
@@ -242,7 +265,8 @@ class ShardIndex:
                 _drop_cut(keys, spans, size)
             if not tolerant or not keys:
                 raise problem
-        return cls(path, Keys.of(keys), np.array(spans, np.int64).reshape(len(keys), 3, 2), size, name)
+        spans_R32 = np.array(spans, np.int64).reshape(len(keys), 3, 2)
+        return cls(path, Keys.of(keys), spans_R32, size, name, arrays.members(len(keys)))
 
     def write(self, path: str | None = None) -> None:
         """Write the index to ``path``; none: ``PATH.idx`` beside the tar."""
@@ -253,22 +277,23 @@ class ShardIndex:
         """``"SHARD: sample KEY"``."""
         return f"{self.name}: sample {self.keys[row]}"
 
-    def read(self, row: int, handle: int, *, images: bool = True) -> RawSample:
+    def read(self, row: int, handle: int, *, images: bool = True, arrays: Sequence[str] = ()) -> RawSample:
         """Read one sample.
 
         Args:
             row: which sample, in the order of the file.
             handle: an open file descriptor of the shard.
-            images: whether the image is wanted; False reads the captions alone, and a sample may lack an image.
+            images: whether the image is wanted; without, a sample may lack one.
+            arrays: keys of the arrays that are wanted besides.
 
         Raises:
             Damage: a member is absent or cut off, the captions are missing or empty, or an earlier sample of the shard
                 has the same key; names shard and sample.
         """
-        first, size = self.span(row, images=images)
-        return self.parse(row, _read_span(handle, first, size, self.where(row)), images=images)
+        first, size = self.span(row, images=images, arrays=arrays)
+        return self.parse(row, _read_span(handle, first, size, self.where(row)), images=images, arrays=arrays)
 
-    def span(self, row: int, *, images: bool = True) -> tuple[int, int]:
+    def span(self, row: int, *, images: bool = True, arrays: Sequence[str] = ()) -> tuple[int, int]:
         """(offset, bytes) of what `parse` needs; raises as `read`."""
         if row in self._repeats:
             message = f"{self.where(row)}: an earlier sample of the shard has the same key"
@@ -277,24 +302,27 @@ class ShardIndex:
         if images and spans[_IMAGE][0] < 0:
             suffixes = ", .".join(IMAGE_SUFFIXES)
             raise Damage(DamageKind.NO_IMAGE, f"{self.where(row)}: no image member (expected one of .{suffixes})")
-        offset, size = spans[self._caption_column(row, spans)]
-        if not images:
-            return offset, size
-        # The members of a sample are neighbours: one read fetches both.
-        first = min(offset, spans[_IMAGE][0])
-        return first, max(offset + size, sum(spans[_IMAGE])) - first
+        wanted = [spans[self._caption_column(row, spans)], *self._array_spans(row, arrays).values()]
+        if images:
+            wanted.append(spans[_IMAGE])
+        # The members of a sample are neighbours: one read fetches all.
+        first = min(offset for offset, _ in wanted)
+        return first, max(map(sum, wanted)) - first
 
-    def parse(self, row: int, data: memoryview, *, images: bool = True) -> RawSample:
+    def parse(self, row: int, data: memoryview, *, images: bool = True, arrays: Sequence[str] = ()) -> RawSample:
         """Make a sample of the bytes that `span` names; raises as `read`."""
         where = self.where(row)
         spans = self.spans[row].tolist()
         source = self._caption_column(row, spans)
-        offset, size = spans[source]
-        image_offset, image_size = spans[_IMAGE]
-        first = min(offset, image_offset) if images else offset
-        captions, meta = _parse_captions(bytes(data[offset - first : offset - first + size]), source, where)
-        image = data[image_offset - first : image_offset - first + image_size] if images else None
-        return RawSample(self.keys[row], where, image, captions, meta)
+        first, _ = self.span(row, images=images, arrays=arrays)
+
+        def part(offset: int, size: int) -> memoryview:
+            return data[offset - first : offset - first + size]
+
+        captions, meta = _parse_captions(bytes(part(*spans[source])), source, where)
+        image = part(*spans[_IMAGE]) if images else None
+        found = {key: part(*span) for key, span in self._array_spans(row, arrays).items()}
+        return RawSample(self.keys[row], where, image, captions, meta, found)
 
     def read_captions(self, row: int, handle: int) -> tuple[str, ...]:
         """Read a sample's captions without its image; see `read`."""
@@ -303,6 +331,19 @@ class ShardIndex:
     @cached_property
     def _repeats(self) -> frozenset[int]:
         return self.keys.repeats()
+
+    def _array_spans(self, row: int, keys: Sequence[str]) -> dict[str, tuple[int, int]]:
+        """Key → (offset, size) of the arrays that are wanted."""
+        if not keys:
+            return {}
+        found = self.arrays.of(row)
+        for key in keys:
+            if key not in found:
+                others = ", ".join(f".{other}" for other in sorted(found)) or "none"
+                raise Damage(
+                    DamageKind.NO_ARRAY, f"{self.where(row)}: no .{key} member (data.arrays), found arrays: {others}"
+                )
+        return {key: found[key] for key in keys}
 
     def _caption_column(self, row: int, spans: list[list[int]]) -> int:
         for column in (_META, _TEXT):
@@ -363,15 +404,17 @@ def _parse_captions(data: bytes, column: int, where: str) -> tuple[tuple[str, ..
     return meta_captions(meta, where), meta
 
 
-def _split_name(name: str) -> tuple[str, int | None]:
+def _as_array(tensor: dict[str, Any]) -> np.ndarray:
+    """A tensor of an index file; of another type than the two in use it stays bytes, which no reader takes."""
+    dtype = {"I64": np.int64, "U8": np.uint8}.get(tensor["dtype"], np.bool_)
+    return np.frombuffer(tensor["data"], dtype).reshape(tensor["shape"] if dtype is not np.bool_ else -1)
+
+
+def _split_name(name: str) -> tuple[str, str]:
     """Split a member's name as webdataset does: the extension starts at the first dot of the base name."""
     folder, _, base = name.rpartition("/")
     stem, _, suffix = base.partition(".")
-    suffix = suffix.lower()
-    key = f"{folder}/{stem}" if folder else stem
-    if suffix in IMAGE_SUFFIXES:
-        return key, _IMAGE
-    return key, {"json": _META, "txt": _TEXT}.get(suffix)
+    return f"{folder}/{stem}" if folder else stem, suffix.lower()
 
 
 def _file_size(path: str, name: str) -> int:

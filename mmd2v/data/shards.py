@@ -217,24 +217,27 @@ class ShardSet:
             while self._release():
                 pass
 
-    def read(self, shard: int, row: int, *, images: bool = True) -> RawSample:
+    def read(self, shard: int, row: int, *, images: bool = True, arrays: Sequence[str] = ()) -> RawSample:
         """Read one sample.
 
         Args:
             shard: which shard.
             row: which of its samples.
-            images: False reads the captions alone, and a sample may lack an image.
+            images: False reads no image, and a sample may lack one.
+            arrays: keys of the arrays to read.
 
         Raises:
             Damage: the shard or the sample cannot be read.
             UserError: a setting of `source` must be changed.
         """
-        (sample,) = self.read_many([(shard, row)], images=images)
+        (sample,) = self.read_many([(shard, row)], images=images, arrays=arrays)
         if isinstance(sample, Damage):
             raise sample
         return sample
 
-    def read_many(self, places: Sequence[tuple[int, int]], *, images: bool = True) -> list[RawSample | Damage]:
+    def read_many(
+        self, places: Sequence[tuple[int, int]], *, images: bool = True, arrays: Sequence[str] = ()
+    ) -> list[RawSample | Damage]:
         """Read the samples at some (shard, row); one that cannot be read is its `Damage` instead of raising it.
 
         Under ``access: range`` their bytes are requested side by side.
@@ -252,16 +255,18 @@ class ShardSet:
                     where = f"{index.name}: sample {row} of {self.counts[shard]}"
                     raise Damage(DamageKind.SHARD_TRUNCATED, f"{where}: the shard ends before it")
                 if handle is not None:
-                    samples[place] = index.read(row, handle, images=images)
+                    samples[place] = index.read(row, handle, images=images, arrays=arrays)
                 else:
-                    ranges.append((shard, *index.span(row, images=images)))
+                    ranges.append((shard, *index.span(row, images=images, arrays=arrays)))
                     waiting.append((place, index))
             except Damage as damage:
                 samples[place] = damage
         for (place, index), data in zip(waiting, self._remote.read_ranges(ranges) if ranges else [], strict=True):
             try:
                 samples[place] = (
-                    data if isinstance(data, Damage) else index.parse(places[place][1], data, images=images)
+                    data
+                    if isinstance(data, Damage)
+                    else index.parse(places[place][1], data, images=images, arrays=arrays)
                 )
             except Damage as damage:
                 samples[place] = damage

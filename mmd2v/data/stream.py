@@ -12,12 +12,12 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from webdataset import DataPipeline
 
-from mmd2v.config.schema import DataConfig, ShardsConfig, TrainSetConfig
+from mmd2v.config.schema import ArrayConfig, DataConfig, ShardsConfig, TrainSetConfig
 from mmd2v.data.addresses import display
 from mmd2v.data.collate import Collate, EvalView, TrainView
 from mmd2v.data.cursor import Cursor
@@ -123,6 +123,7 @@ def train_loader(
     images: bool = True,
     label_classes: int | None = None,
     outputs: Sequence[StoredOutputs] = (),
+    arrays: Mapping[str, ArrayConfig] | None = None,
     pin_memory: bool | None = None,
 ) -> Loader:
     """Micro-batches of one rank, without end, from a global sample index on.
@@ -139,6 +140,7 @@ def train_loader(
         images: whether images are read; without, samples need none.
         label_classes: numbers of a sample's labels, A; None leaves them out.
         outputs: stored outputs of teachers that go into the batches.
+        arrays: name → array that goes into the batches; without, samples need none.
         pin_memory: pin the batches; None: when there is a CUDA device.
 
     Raises:
@@ -158,7 +160,7 @@ def train_loader(
     sets = open_sets(config, cache)
     order = train_order(config, sets, seed=seed, batch=step, micro_batch_size=micro_batch_size)
     positions = TrainPositions(order, sets, config.shuffle_shards, start_index, rank, world_size, micro_batch_size)
-    collate = _collate(config, seed, tokenizer, images, label_classes, outputs)
+    collate = _collate(config, seed, tokenizer, images, label_classes, outputs, arrays)
     names = list(config.train.named_sets)
     return _loader(
         config, sets, names, positions, collate, micro_batch_size, order=order, rank=rank, pin_memory=pin_memory
@@ -248,12 +250,13 @@ def eval_loader(
     batch_size: int,
     rank: int = 0,
     world_size: int = 1,
+    arrays: Mapping[str, ArrayConfig] | None = None,
     pin_memory: bool | None = None,
 ) -> Loader:
     """This rank's contiguous slice of the images in file order, each once, with all their captions in order.
 
     Slices differ by at most one image and may be empty; nothing is padded or repeated, and nothing damaged is put up
-    with.
+    with. ``arrays`` as in `train_loader`.
 
     Raises:
         UserError: as `train_loader`.
@@ -263,7 +266,7 @@ def eval_loader(
     first, last = rank * total // world_size, (rank + 1) * total // world_size
     batches = math.ceil((last - first) / batch_size)
     positions = EvalPositions(shard_set, first, last, batch_size)
-    collate = Collate(EvalView(config), tokenizer, None)
+    collate = Collate(EvalView(config), tokenizer, None, arrays=arrays or {})
     return _loader(
         config, [shard_set], [""], positions, collate, batch_size, batches=batches, rank=rank, pin_memory=pin_memory
     )
@@ -276,11 +279,12 @@ def _collate(
     images: bool,
     label_classes: int | None,
     outputs: Sequence[StoredOutputs] = (),
+    arrays: Mapping[str, ArrayConfig] | None = None,
 ) -> Collate:
     """What training makes of samples: damaged ones get weight 0, unless the limit is 0."""
     labels = None if config.labels is None or label_classes is None else (config.labels, label_classes)
     tolerant = config.damage.limit > 0
-    return Collate(TrainView(config, seed), tokenizer, labels, images, tolerant, outputs=outputs)
+    return Collate(TrainView(config, seed), tokenizer, labels, images, tolerant, outputs=outputs, arrays=arrays or {})
 
 
 def _loader(
@@ -298,7 +302,8 @@ def _loader(
 ) -> Loader:
     """Put the stages together: places → bytes → batches, and what tells who is late."""
     states = collate.states = WorkerStates(config.workers)
-    reader = SampleReader(sets, names, collate.images, states)
+    keys = [array.key for array in collate.arrays.values()]
+    reader = SampleReader(sets, names, collate.images, states, keys)
     return Loader(
         DataPipeline(positions, reader, collate, report_errors),
         config,

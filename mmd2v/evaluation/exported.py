@@ -101,7 +101,7 @@ def evaluate_export(
 
         def encode(batch: Batch) -> StudentOutput:
             with encoder.autocast():
-                return encoder.student(batch)
+                return encoder.student(batch, tuple(names.values()))
 
         batches = track(loader, "encoding", unit="batches") if world.is_main else loader
         metrics = evaluate(encode, batches, world, **names, expected=expected)

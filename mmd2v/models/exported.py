@@ -43,7 +43,8 @@ def load_student(folder: str | Path, where: str) -> Student:
 
 def load_export_config(folder: str | Path, where: str) -> Config:
     """Return the config of an export with its relative paths made absolute."""
-    config = load_config(_file(folder, CONFIG_FILE, where))
+    # An export may come from anywhere: modules that it names are imported by who trusts them, not from here.
+    config = load_config(_file(folder, CONFIG_FILE, where), plugins=False)
     folder = Path(folder).resolve()
     data, model = config.data, config.model
     if data.tokenizer is not None:

@@ -153,6 +153,13 @@ class Student(nn.Module):
         batch = Batch(images, ids, lengths, torch.zeros(len(lengths), dtype=torch.int64, device=ids.device))
         return self._encode(batch, "text")
 
+    def encode_array(self, name: str, values: torch.Tensor) -> torch.Tensor:
+        """Return the embeddings [B, E] of float32 arrays [B, …] of the modality that sees ``data.arrays.NAME``."""
+        nothing = torch.zeros(0, dtype=torch.int64, device=values.device)
+        images = torch.zeros(len(values), 3, 0, 0, dtype=torch.uint8, device=values.device)
+        batch = Batch(images, nothing.int(), torch.zeros(0, dtype=torch.int32), nothing, arrays={name: values})
+        return self._encode(batch, name)
+
     def _encode_inputs(
         self, batch: Batch, names: tuple[str, ...], given: Mapping[str, torch.Tensor]
     ) -> tuple[Layout, dict[str, Encoded]]:
@@ -363,6 +370,7 @@ def build_student(config: Config, tokenizer: Tokenizer | None, pretrained: bool 
         vocab_size=None if tokenizer is None else tokenizer.vocab_size,
         max_length=None if tokenizer is None else tokenizer.max_length,
         pretrained=pretrained,
+        arrays={name: array.shape for name, array in config.data.arrays.items()},
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)

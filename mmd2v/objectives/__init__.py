@@ -24,6 +24,7 @@ from mmd2v.objectives.cls_regression import CLSRegression
 from mmd2v.objectives.contrastive import Contrastive
 from mmd2v.objectives.contrastive_target import ContrastiveTarget
 from mmd2v.objectives.layer_results import LayerResults
+from mmd2v.objectives.matching import Matching
 from mmd2v.objectives.siglip import SigLIP
 from mmd2v.objectives.token_regression import TokenRegression
 
@@ -34,6 +35,7 @@ OBJECTIVES: dict[str, type[Objective]] = {
     "contrastive": Contrastive,
     "siglip": SigLIP,
     "contrastive_target": ContrastiveTarget,
+    "matching": Matching,
     "attributes": Attributes,
 }
 

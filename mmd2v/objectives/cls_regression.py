@@ -80,8 +80,11 @@ class CLSRegression(Objective):
 def _align(
     prediction: torch.Tensor, target: torch.Tensor, kind: str, teacher_kind: str, batch: Batch
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Pair rows: a caption with its image's target, or an image (repeated) with each of its captions' targets."""
-    if kind == "text" and teacher_kind == "image":
+    """Pair rows: a caption with its sample's target, or a sample (repeated) with each of its captions' targets.
+
+    Rows of text are captions, of which a sample may have several; of all else there is one a sample.
+    """
+    if kind == "text" and teacher_kind != "text":
         return prediction, target[batch.caption_image]
     if kind != "text" and teacher_kind == "text":
         return prediction[batch.caption_image], target

@@ -9,7 +9,7 @@ from pathlib import Path
 from torch import nn
 
 from mmd2v import __version__
-from mmd2v.config.schema import AnyEncoder, Config, LayerConfig, ShardsConfig
+from mmd2v.config.schema import Config, EncoderConfig, LayerConfig, ShardsConfig
 from mmd2v.models.parameters import part
 from mmd2v.report.recall_table import chance_row, recall_table
 
@@ -55,7 +55,9 @@ def _use(config: Config) -> str:
         lines.append('texts = encoder.encode_text(["a dog in the snow"])')
     code = "\n".join(lines)
     commands = (
-        "" if len(set(inputs)) < 2 else '\n\nOr: `mmd2v search FOLDER --images PICTURES --text "a dog in the snow"`.'
+        ""
+        if not {"image", "text"} <= set(inputs)
+        else '\n\nOr: `mmd2v search FOLDER --images PICTURES --text "a dog in the snow"`.'
     )
     return f"```python\n{code}\n```{commands}"
 
@@ -83,13 +85,14 @@ def _architecture(config: Config, student: nn.Module) -> str:
     return "\n".join(lines) + "\n\n" + "\n".join(table)
 
 
-def _encoder(encoder: AnyEncoder) -> str:
+def _encoder(encoder: EncoderConfig) -> str:
     if encoder.kind == "patch":
         what = f"{encoder.patch_size} × {encoder.patch_size} px patches"
     elif encoder.kind == "timm":
         what = f"feature map {encoder.feature} of timm `{encoder.name}`"
     else:
-        what = {"tokens": "token embeddings", "hf": "the embedding module of a Hugging Face encoder"}[encoder.kind]
+        known = {"tokens": "token embeddings", "hf": "the embedding module of a Hugging Face encoder"}
+        what = known.get(encoder.kind, f"`{encoder.kind}` of `{encoder.input}`")
     return what + (", frozen in training" if encoder.frozen else "")
 
 

@@ -18,8 +18,8 @@ from mmd2v.train.parts import Parts
 
 def check_evaluation(config: Config, student: Student) -> None:
     """Raise UserError when the config asks for recall that the student cannot give."""
-    kinds = sorted(student.inputs.values())
-    if config.data.eval is not None and kinds != ["image", "text"]:
+    kinds = [kind for kind in student.inputs.values() if kind in ("image", "text")]
+    if config.data.eval is not None and sorted(kinds) != ["image", "text"]:
         raise UserError(f"data.eval: recall needs one image and one text modality; model.encoders has {student.inputs}")
     if config.data.eval is None and (config.evaluation.every or config.evaluation.at_start):
         raise UserError("evaluation: asks for recall during training, but data.eval names no held-out set")
@@ -36,11 +36,13 @@ def evaluate(config: Config, parts: Parts, world: World) -> dict[str, float]:
         rank=world.rank,
         world_size=world.size,
     )
-    names = {kind: name for name, kind in parts.student.inputs.items()}
+    # The set may lack what further modalities see: they are not run.
+    names = {kind: name for name, kind in parts.student.inputs.items() if kind in ("image", "text")}
+    modalities = tuple(names.values())
 
     def encode(batch: Batch) -> StudentOutput:
         with torch.autocast(world.device.type, dtype=torch.bfloat16, enabled=parts.module.autocast):
-            return parts.student(batch)
+            return parts.student(batch, modalities)
 
     parts.module.eval()
     try:

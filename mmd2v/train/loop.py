@@ -212,6 +212,7 @@ class Run:
             images=self.parts.uses_images,
             label_classes=self.config.label_classes,
             outputs=self.parts.outputs,
+            arrays=self.config.array_inputs,
         )
 
     def _report(self) -> None:

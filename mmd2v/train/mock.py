@@ -15,7 +15,8 @@ from mmd2v.data.tokenizers import Tokenizer
 def mock_batch(
     config: Config, tokenizer: Tokenizer | None, images: int, seed: int = 0, *, outputs: Sequence[StoredOutputs] = ()
 ) -> Batch:
-    """Return ``images`` samples, on the CPU: random images (unless the run uses none) and captions of greatest length.
+    """Return ``images`` samples, on the CPU: random images (unless the run uses none), arrays, and captions of
+    greatest length.
 
     The greatest length, because the batch is to show how much memory a step can need. Stored
     ``outputs`` of teachers are zeros.
@@ -37,5 +38,6 @@ def mock_batch(
         caption_image=torch.arange(captions) // each,
         sample_ids=tuple(f"mock-{i}" for i in range(images)),
         labels=None if classes is None else torch.randint(0, 2, (images, classes), generator=random).float(),
+        arrays={name: torch.randn(images, *one.shape, generator=random) for name, one in config.array_inputs.items()},
         teacher_outputs={key: value for stored in outputs for key, value in stored.zeros(images).items()},
     )

@@ -6,7 +6,8 @@ D the model's width.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
@@ -15,6 +16,7 @@ from torch import nn
 
 from mmd2v.config.schema import EncoderConfig
 from mmd2v.data.batch import Batch
+from mmd2v.errors import UserError, nearest
 from mmd2v.models.packed import Layout
 from mmd2v.models.positions import sincos_2d
 
@@ -35,6 +37,8 @@ class EncoderContext:
     """False: build the modules only, because all weights are about to be loaded from a checkpoint."""
     where: str = "model.encoders"
     """Place in the config, for error messages."""
+    arrays: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    """Name in ``data.arrays`` → shape of one sample's."""
 
 
 class Encoded(NamedTuple):
@@ -66,6 +70,38 @@ class ModalityEncoder(nn.Module):
 
     def forward(self, batch: Batch, layout: Layout, modality: str) -> Encoded:
         """Return the rows that enter the layers; ``layout`` knows them under ``modality``."""
+        raise NotImplementedError  # an abstract method
+
+
+class ArrayEncoder(ModalityEncoder):
+    """Base of encoders of an array that lies beside the image (``data.arrays``): the same tokens for every sample.
+
+    Subclasses set ``grid`` and implement :meth:`encode`; ``shape`` is that of one sample's array.
+    """
+
+    grid: FixedGrid
+
+    def __init__(self, config: EncoderConfig, context: EncoderContext) -> None:
+        super().__init__(config)
+        self.input = config.input
+        if config.input not in context.arrays:
+            raise UserError(
+                f"{context.where}.input: found '{config.input}', expected a name in data.arrays "
+                f"({', '.join(context.arrays) or 'which is empty'}).{nearest(config.input, context.arrays)}"
+            )
+        self.shape = tuple(context.arrays[config.input])
+
+    def lengths(self, batch: Batch) -> np.ndarray:
+        """Return the same number of tokens for every sample."""
+        return np.full(len(batch.arrays[self.input]), self.grid.tokens)
+
+    def forward(self, batch: Batch, layout: Layout, modality: str) -> Encoded:
+        """Return [B · tokens, D]."""
+        dtype = next(self.parameters()).dtype
+        return Encoded(self.encode(batch.arrays[self.input].to(dtype)))
+
+    def encode(self, x_BX: torch.Tensor) -> torch.Tensor:
+        """Return the rows [B · tokens, D] of a batch of arrays [B, …], as ``grid`` makes them."""
         raise NotImplementedError  # an abstract method
 
 

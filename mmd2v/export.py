@@ -19,6 +19,7 @@ from mmd2v.models.exported import CONFIG_FILE, WEIGHTS_FILE
 from mmd2v.models.student import Student, build_student
 from mmd2v.models.timm_backbone import load_exactly
 from mmd2v.report.model_card import Training, model_card
+from mmd2v.train.averages import read_averages
 from mmd2v.train.checkpoint import MANIFEST, complete_checkpoints, read_manifest
 from mmd2v.train.consolidate import consolidate
 from mmd2v.train.metrics import METRICS_FILE, read_metrics
@@ -28,10 +29,11 @@ _TOKENIZER_FOLDER = "tokenizer"
 _ENCODERS_FOLDER = "encoders"
 
 
-def export(source: str | Path, out: str | Path) -> Path:
+def export(source: str | Path, out: str | Path, average: bool = False) -> Path:
     """Write the export of a run (its newest checkpoint) or of one checkpoint folder to ``out``; return ``out``.
 
-    Raises UserError when ``source`` is neither, its weights do not fit its config, or ``out`` exists.
+    ``average`` takes what the run's `ema:MODALITY` teachers hold in place of the student's own weights. Raises
+    UserError when ``source`` is neither, its weights do not fit its config, or ``out`` exists.
     """
     source, out = Path(source), Path(out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
@@ -45,6 +47,8 @@ def export(source: str | Path, out: str | Path) -> Path:
     tokenizer = None if config.data.tokenizer is None else load_tokenizer(config.data.tokenizer)
     student = build_student(config, tokenizer, pretrained=False)
     weights = {name.removeprefix(_STUDENT): value for name, value in state.items() if name.startswith(_STUDENT)}
+    if average:
+        weights |= {key.partition("/")[2]: value for key, value in read_averages(checkpoint).items()}
     load_exactly(student, weights, f"{checkpoint}: its weights are of another architecture than its config")
     write_export(out, student, config, tokenizer, training_record(run, checkpoint))
     return out

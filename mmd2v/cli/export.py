@@ -6,6 +6,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import tyro
 from tyro.conf import Positional
@@ -19,6 +20,8 @@ class Export:
     """Run directory (its newest checkpoint is taken) or one of its checkpoint folders."""
     out: Path
     """Folder to create."""
+    weights: Literal["student", "ema"] = "student"
+    """The student's own weights, or their average over the steps (of a run with an `ema:MODALITY` teacher)."""
 
 
 def main(argv: Sequence[str]) -> int:
@@ -26,7 +29,7 @@ def main(argv: Sequence[str]) -> int:
     command = tyro.cli(Export, args=list(argv), prog="mmd2v export", description=sys.modules[__name__].__doc__)
     from mmd2v.export import export
 
-    out = export(command.run, command.out)
+    out = export(command.run, command.out, average=command.weights == "ema")
     for file in sorted(path for path in out.rglob("*") if path.is_file()):
         print(f"{file}  {file.stat().st_size:,} bytes")
     return 0

@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
+from mmd2v.config.data2vec import MaskingConfig
 from mmd2v.config.section import NonNegativeInt, Positive, PositiveInt, Rate, Section, Triple
 
 
@@ -202,6 +203,10 @@ class ModelConfig(Section):
         "sequence, for objectives that ask for pairs; the layers before it are run once",
     )
     final_norm: bool = Field(True, description="LayerNorm after the last layer")
+    masking: dict[str, MaskingConfig] = Field(
+        default_factory=dict,
+        description="modality → which of its tokens are hidden in training, for the data2vec objective",
+    )
     pooling: dict[str, Literal["cls", "mean", "mean_padded"]] = Field(
         default_factory=dict,
         description="modality → cls, mean over its real tokens, or mean over rows of padding too; default cls",

@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, model_validator
 
+from mmd2v.config.data2vec import DecoderConfig, EMAConfig
 from mmd2v.config.section import Fraction, NonNegativeInt, Positive, PositiveInt, Section, Triple
 
 
@@ -20,12 +21,14 @@ _BETWEEN = "the two modalities; none: the image and the text, where there is not
 
 
 class TeacherConfig(Section):
-    """A frozen model whose outputs the student learns to produce."""
+    """A model without gradient whose outputs the student learns to produce."""
 
     name: str = Field(
         description="`timm:NAME[@WEIGHTS]`, `hf:NAME-or-folder`, `mmd2v:EXPORT`, or a folder of `mmd2v convert`: "
-        "`data2vec2-image:FOLDER`, `data2vec2-text:FOLDER`, `beit2:FOLDER`"
+        "`data2vec2-image:FOLDER`, `data2vec2-text:FOLDER`, `beit2:FOLDER`; or `ema:MODALITY`: an average of the "
+        "student itself over the steps so far"
     )
+    ema: EMAConfig | None = Field(None, description="of an `ema:MODALITY`: how it follows the student; none: defaults")
     kwargs: dict[str, Any] = Field(default_factory=dict, description="keyword arguments of timm.create_model")
     modality: Literal["image", "text"] = Field("image", description="which part of a sample it sees")
     image_size: PositiveInt | None = Field(None, description="side of its input, in pixels; none: its published one")
@@ -47,6 +50,23 @@ class TeacherConfig(Section):
         description="folder that `mmd2v data annotate` wrote: training replays what it holds and does not load the "
         "model, if that is what it would give in the whole run (else it runs, and a line says why)",
     )
+
+    @model_validator(mode="after")
+    def _follower(self) -> TeacherConfig:
+        if self.averaged is None:
+            if self.ema is not None:
+                raise ValueError(f"ema: given for '{self.name}', expected a name `ema:MODALITY` beside it")
+            return self
+        for key in ("outputs", "shared_encoder", "image_size", "mean", "std"):
+            if getattr(self, key) is not None:
+                raise ValueError(f"{key}: given for '{self.name}', which is the student's own average; leave it out")
+        return self
+
+    @property
+    def averaged(self) -> str | None:
+        """The modality of the student that this teacher is an average of; None: it is another model."""
+        kind, _, modality = self.name.partition(":")
+        return modality if kind == "ema" else None
 
 
 class ObjectiveConfig(Section):
@@ -173,6 +193,33 @@ class TokenRegressionConfig(ObjectiveConfig):
     loss: Literal["mse", "smooth_l1", "cosine"] = Field("mse", description="distance to the target")
 
 
+class Data2VecConfig(ObjectiveConfig):
+    """data2vec 2.0's own loss: predict the teacher's averaged layer results at the tokens that the student misses."""
+
+    kind: Literal["data2vec"] = Field("data2vec", description="prediction of the teacher's results at hidden tokens")
+    teacher: str = Field(description="key in `teachers`; an `ema:MODALITY`, or another that sees as many tokens")
+    modality: str = Field(description="whose hidden tokens are predicted; model.masking has it")
+    top_layers: PositiveInt | None = Field(None, description="last layers of the teacher that are averaged; none: all")
+    final_norm: bool | None = Field(
+        None, description="LayerNorm without weights on the average; none: for images, not for text"
+    )
+    loss: Literal["mse", "smooth_l1"] = Field("mse", description="distance to the target")
+    beta: Positive = Field(1.0, description="smooth_l1: distance up to which it is quadratic")
+    cls_weight: float | None = Field(
+        None,
+        ge=0,
+        description="weight of the distance between the student's CLS and the mean of the sample's targets; none: 0.01 "
+        "for images, 0 for text. The published recipe sums it over the clones of a GPU, 256 of them: 2.56 in this unit",
+    )
+    min_target_var: float = Field(
+        0.1,
+        ge=0,
+        description="stop when the targets vary less than this over the tokens of an interval (mean over channels of "
+        "the deviation; about 0: the model has collapsed); 0: never",
+    )
+    decoder: DecoderConfig = Field(default_factory=DecoderConfig, description="the convolutions that predict")
+
+
 class MatchingConfig(ObjectiveConfig):
     """Whether an image and a text belong together, with hard negatives, over joint sequences (`model.joint_from`)."""
 
@@ -199,6 +246,7 @@ AnyObjective = Annotated[
     | SigLIPConfig
     | ContrastiveTargetConfig
     | MatchingConfig
+    | Data2VecConfig
     | AttributesConfig,
     Field(discriminator="kind"),
 ]

@@ -17,6 +17,7 @@ from mmd2v.config.data import (
     TokenizerConfig,
     TrainSetConfig,
 )
+from mmd2v.config.data2vec import DecoderConfig, EMAConfig, MaskingConfig
 from mmd2v.config.model import (
     AnyEncoder,
     EncoderConfig,
@@ -35,6 +36,7 @@ from mmd2v.config.objectives import (
     CLSRegressionConfig,
     ContrastiveConfig,
     ContrastiveTargetConfig,
+    Data2VecConfig,
     LayerResultsConfig,
     MatchingConfig,
     ObjectiveConfig,
@@ -73,7 +75,10 @@ __all__ = [
     "ContrastiveConfig",
     "ContrastiveTargetConfig",
     "DamageConfig",
+    "Data2VecConfig",
     "DataConfig",
+    "DecoderConfig",
+    "EMAConfig",
     "EncoderConfig",
     "EngineConfig",
     "EvaluationConfig",
@@ -84,6 +89,7 @@ __all__ = [
     "LayerConfig",
     "LayerResultsConfig",
     "LoggingConfig",
+    "MaskingConfig",
     "MatchingConfig",
     "MixedSetConfig",
     "ModelConfig",
@@ -179,7 +185,42 @@ class Config(Section):
         if needs_text and self.data.tokenizer is None:
             raise ValueError("data.tokenizer: missing, but model.encoders has a text modality")
         self._check_batch_unit()
+        self._check_masking()
         return self
+
+    def _check_masking(self) -> None:
+        """Clones with hidden tokens take a modality's place in training: only the objective made for them sees it."""
+        masked = self.model.masking
+        for i, objective in enumerate(self.objectives):
+            if isinstance(objective, Data2VecConfig):
+                if objective.modality not in masked:
+                    raise ValueError(
+                        f"objectives.{i}.modality: '{objective.modality}' has no hidden tokens to predict; set "
+                        f"model.masking.{objective.modality}"
+                    )
+                continue
+            own = getattr(objective, "modality", None)
+            several = getattr(objective, "modalities", None) or getattr(objective, "between", None)
+            seen = [own] if own else list(several or self.model.encoders)
+            for name in set(seen) & set(masked):
+                raise ValueError(
+                    f"objectives.{i}: {objective.kind} sees '{name}', whose tokens model.masking hides; expected "
+                    "data2vec, or other modalities"
+                )
+        for name, teacher in self.teachers.items():
+            modality = teacher.averaged
+            if modality is None:
+                continue
+            if modality not in self.model.encoders:
+                raise ValueError(
+                    f"teachers.{name}.name: '{teacher.name}' averages no modality; model.encoders has "
+                    f"{sorted(self.model.encoders)}"
+                )
+            if teacher.modality != self.model.encoders[modality].input:
+                raise ValueError(
+                    f"teachers.{name}.modality: found {teacher.modality}, but '{modality}' sees "
+                    f"{self.model.encoders[modality].input}"
+                )
 
     def _check_batch_unit(self) -> None:
         """A step is counted in samples or in tokens."""
@@ -246,6 +287,7 @@ class Config(Section):
     def _modality_references(self) -> list[tuple[str, list[str]]]:
         found = [(f"model.layers.{i}.modalities", layer.modalities or []) for i, layer in enumerate(self.model.layers)]
         found.append(("model.pooling", list(self.model.pooling)))
+        found.append(("model.masking", list(self.model.masking)))
         for i, layer in enumerate(self.model.layers):
             owners = ("shared", "joint")  # of weights that no modality owns alone
             found.append((f"model.layers.{i}.init", [m for m in layer.init if m not in owners]))

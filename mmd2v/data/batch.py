@@ -47,6 +47,9 @@ class Batch:
     """Teacher → its stored outputs [B or N, …], where they are replayed."""
     arrays: dict[str, torch.Tensor] = field(default_factory=dict)
     """Name in ``data.arrays`` → float32 [B, …], of those that an encoder sees; zeros for a damaged sample."""
+    draw_seed: int | None = None
+    """Seed of what is drawn a sample and must not depend on the ranks (masks), the same on every rank and another in
+    every step; None: torch's generator decides."""
 
     def __len__(self) -> int:
         return self.images.shape[0]

@@ -21,7 +21,7 @@ def init_random(module: nn.Module, seed: int, prefix: str = "", deviation: float
     one part of a model leaves the starting weights of all others as they were.
     """
     for name, child in module.named_modules(prefix=prefix):
-        if isinstance(child, nn.Linear | nn.Conv2d | nn.Embedding):
+        if isinstance(child, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Embedding):
             _draw(child.weight, seed, f"{name}.weight", deviation)
             if getattr(child, "bias", None) is not None:
                 nn.init.zeros_(child.bias)

@@ -21,6 +21,7 @@ from mmd2v.errors import UserError
 from mmd2v.models.encoders import ENCODERS, LIBRARY_PARTS, Encoded, EncoderContext
 from mmd2v.models.initialisation import init_encoders, init_from_sources, init_random
 from mmd2v.models.layers import SHARED, Layer
+from mmd2v.models.masking import Mask, build_maskings, gather_visible
 from mmd2v.models.packed import Layout, Packed
 from mmd2v.models.parameters import freeze
 
@@ -63,6 +64,10 @@ class StudentOutput:
     """Layer → modality → [S, D], where `Wanted.layers`."""
     cls_attention: dict[str, torch.Tensor] = field(default_factory=dict)
     """[S, tokens], fp32, where `Wanted.cls_attention`."""
+    masks: dict[str, Mask] = field(default_factory=dict)
+    """Modality → the masks it was seen with; its sequences, everywhere else in here, are clones then."""
+    visible: dict[str, torch.Tensor] = field(default_factory=dict)
+    """[rows, D], a masked modality's rows after the final norm."""
     pair: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None
     """Rows of images and of texts [P] → the CLS of the text when both are one sequence, after the final norm [P, D];
     None where `joint_from` is."""
@@ -82,6 +87,7 @@ class Student(nn.Module):
             }
         )
         self.inputs = {name: encoder.input for name, encoder in config.encoders.items()}
+        self.maskings = build_maskings(config, self.encoders)
         self.token_types: TokenTypes | None = None
         if config.token_types != "none":
             self.token_types = TokenTypes(names, config.width)
@@ -118,6 +124,7 @@ class Student(nn.Module):
         """
         names = modalities or tuple(self.encoders)
         layout, entered = self._encode_inputs(batch, names, encoded or {})
+        layout, entered, masks = self._mask(batch, layout, entered)
         trace = _Trace(wanted)
         tokens = Packed(self._run_layers(layout, {n: one.rows for n, one in entered.items()}, trace), layout)
         pooled = {name: self._pool(tokens, name) for name in tokens.layout.modalities}
@@ -132,6 +139,8 @@ class Student(nn.Module):
             encoded={name: one.rows for name, one in entered.items()},
             results=trace.results,
             layer_cls=trace.layer_cls,
+            masks=masks,
+            visible={name: self.norm(tokens[name]) for name in masks},
             cls_attention=trace.cls_attention,
             pair=None if trace.before_joint is None else partial(self._pair, trace.before_joint, layout),
         )
@@ -176,6 +185,20 @@ class Student(nn.Module):
             for name in names
         }
         return layout, encoded
+
+    def _mask(
+        self, batch: Batch, layout: Layout, entered: dict[str, Encoded]
+    ) -> tuple[Layout, dict[str, Encoded], dict[str, Mask]]:
+        """Put clones with hidden tokens in place of the samples of masked modalities; in training alone."""
+        masks = {n: m(batch, layout, n) for n, m in self.maskings.items() if self.training and n in entered}
+        if not masks:
+            return layout, entered, {}
+        entered = dict(entered)
+        lengths = dict(layout.lengths)
+        for name, mask in masks.items():
+            entered[name] = entered[name]._replace(rows=gather_visible(entered[name].rows, layout, name, mask))
+            lengths[name] = mask.visible_lengths
+        return Layout(lengths, layout.device, layout.keys), entered, masks
 
     def _run_layers(
         self, layout: Layout, entered: dict[str, torch.Tensor], trace: _Trace, first: int = 0

@@ -23,6 +23,7 @@ from mmd2v.objectives.base import Objective
 from mmd2v.objectives.cls_regression import CLSRegression
 from mmd2v.objectives.contrastive import Contrastive
 from mmd2v.objectives.contrastive_target import ContrastiveTarget
+from mmd2v.objectives.data2vec import Data2Vec
 from mmd2v.objectives.layer_results import LayerResults
 from mmd2v.objectives.matching import Matching
 from mmd2v.objectives.siglip import SigLIP
@@ -36,6 +37,7 @@ OBJECTIVES: dict[str, type[Objective]] = {
     "siglip": SigLIP,
     "contrastive_target": ContrastiveTarget,
     "matching": Matching,
+    "data2vec": Data2Vec,
     "attributes": Attributes,
 }
 

@@ -39,7 +39,7 @@ _TEMPORARY = re.compile(r"\.step-\d{6,}(\.old)?\.tmp")
 _REPLACED = re.compile(r"\.(step-\d{6,})\.old\.tmp")
 _ABANDONED = "abandoned-"
 _FORMAT = 1
-_NOT_STRUCTURE = frozenset({"dropout", "drop_path", "token_drop", "init", "weights", "sources"})
+_NOT_STRUCTURE = frozenset({"dropout", "drop_path", "token_drop", "masking", "init", "weights", "sources"})
 """Keys of the model section that may change on the way: they make noise, or name where first weights came from."""
 
 
@@ -237,8 +237,8 @@ class Checkpointer:
         found = complete_checkpoints(self.folder)
         return found[-1][1] if found else None
 
-    def save(self, engine: Engine, manifest: Manifest) -> Path:
-        """Write a checkpoint; every rank must call it.
+    def save(self, engine: Engine, manifest: Manifest, extra: Callable[[Path], None] | None = None) -> Path:
+        """Write a checkpoint; every rank must call it. ``extra`` adds files to its folder, on rank 0.
 
         Raises UserError naming the ranks that could not write; nothing of it is left then, and older checkpoints
         are as they were.
@@ -249,6 +249,8 @@ class Checkpointer:
         error = _write(engine, temporary)
         if error is None:
             error = _guarded(lambda: save_rank_state(engine.module.objectives, temporary))
+        if error is None and self.world.is_main and extra is not None:
+            error = _guarded(lambda: extra(temporary))
         if error is None and self.world.is_main:
             error = _guarded(lambda: write_json(temporary / MANIFEST, asdict(manifest)))
         errors = gather_objects(error)

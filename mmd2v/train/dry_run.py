@@ -23,6 +23,7 @@ from mmd2v.distributed.environment import World
 from mmd2v.errors import UserError
 from mmd2v.models.encoders.base import ModalityEncoder
 from mmd2v.models.parameters import part
+from mmd2v.train.averages import update_averages
 from mmd2v.train.engine import Engine
 from mmd2v.train.evaluation import check_evaluation
 from mmd2v.train.metrics import LossMeter, memory_gigabytes
@@ -234,6 +235,7 @@ def _mock_step(config: Config, world: World, parts: Parts, engine: Engine, plan:
         engine.backward(losses["loss"])
         engine.step()
         meter.add(losses)
+    update_averages(parts.teachers, engine, 1, 1)
     found = meter.read(step=1)  # waits for the device
     seconds = time.perf_counter() - start
     terms = "  ".join(f"{name} {value:.4f}" for name, value in found.items())

@@ -88,8 +88,12 @@ class Engine:
         if self.config.engine.zero_stage < 3:
             return contextlib.nullcontext()
         import deepspeed
+        from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 
-        return deepspeed.zero.GatheredParameters(parameters)
+        # The small ones that are whole already stay so: sharded on leaving, they would be missing from the order in
+        # which DeepSpeed expects to fetch parameters.
+        sharded = [p for p in parameters if getattr(p, "ds_status", None) == ZeroParamStatus.NOT_AVAILABLE]
+        return deepspeed.zero.GatheredParameters(sharded)
 
 
 def build_engine(config: Config, world: World, module: TrainModule) -> Engine:

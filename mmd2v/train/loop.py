@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +24,7 @@ from mmd2v.distributed.buffers import average_buffers
 from mmd2v.distributed.collectives import mean_over_ranks
 from mmd2v.distributed.coordination import from_main_rank, on_every_rank
 from mmd2v.distributed.environment import World
+from mmd2v.train.averages import averages, load_averages, save_averages, update_averages
 from mmd2v.train.checkpoint import (
     Checkpointer,
     Manifest,
@@ -91,6 +93,7 @@ class Run:
         if start is not None:
             manifest = load_checkpoint(self.engine, start, self._describe())
             self.step, self.sample_index = manifest.step, manifest.sample_index
+            on_every_rank(lambda: load_averages(self.parts.teachers, start))
         self.first_step = self.step
         branch: str | None = from_main_rank(lambda: set_aside_after(self.run_dir, self.first_step))
 
@@ -166,7 +169,7 @@ class Run:
             self._text_tokens += int(batch.text_lengths.sum())  # they are on the host
             if self.trace is not None:
                 self.trace.write(self.step, micro_step, batch.sample_ids)
-            batch = self.copy(batch)
+            batch = replace(self.copy(batch), draw_seed=position_seed(self.config.seed, self.step))
             self.damage.add(batch.damaged)
 
             # A function of the position alone: a resumed run draws the same dropout without any stored state.
@@ -176,6 +179,7 @@ class Run:
             self.engine.backward(losses["loss"])
             self.engine.step()
             self.meter.add(losses)
+        update_averages(self.parts.teachers, self.engine, self.step + 1, self.steps)
         # Samples of all ranks, which every rank knows: all micro-batches have as many, or this one tells their mean.
         micro_batch = len(batch) if batch.mean_over is None else batch.mean_over
         self.sample_index += round(micro_batch * self.plan.ranks * self.plan.accumulation)
@@ -224,6 +228,10 @@ class Run:
         values = {name if name == "loss" else f"loss/{name}": value for name, value in losses.items()}
         values |= self.engine.followed()
         values |= {
+            f"teachers/{name}/decay": teacher.ema.decay_at(self.step, self.steps)
+            for name, teacher in averages(self.parts.teachers).items()
+        }
+        values |= {
             "learning_rate": self.engine.learning_rate,
             **self.loader.epochs(self.sample_index if self.tokens is None else self.step),
             "throughput(samples/s)": (self.sample_index - self._samples_reported) / seconds,
@@ -265,7 +273,7 @@ class Run:
         with self._pause():
             check_weights(self.engine.module, self.step)  # the report before has looked at the loss
             average_buffers(self.engine.module)
-            self.checkpointer.save(self.engine, self._describe())
+            self.checkpointer.save(self.engine, self._describe(), lambda to: save_averages(self.parts.teachers, to))
 
     def _describe(self) -> Manifest:
         return describe(self.engine, self.config, self.world, self.step, self.sample_index, self.facts, self.tokens)
@@ -293,7 +301,7 @@ class Run:
         self.reporter.say(f"metrics: {self.run_dir / METRICS_FILE}")
 
 
-def position_seed(seed: int, step: int, micro_step: int, rank: int) -> int:
-    """Return 63 well-mixed bits for a place in a run."""
-    mixed = np.random.SeedSequence([seed, step, micro_step, rank]).generate_state(1, np.uint64)
+def position_seed(seed: int, *position: int) -> int:
+    """Return 63 well-mixed bits for a place in a run: a step, and a micro-step and rank within it."""
+    mixed = np.random.SeedSequence([seed, *position]).generate_state(1, np.uint64)
     return int(mixed[0]) >> 1

@@ -74,7 +74,7 @@ def build_parts(config: Config, world: World, sources: Mapping[str, Source] | No
     student = build_student(config, tokenizer)
     outputs = tuple(source.stored for source in (sources or {}).values() if source.stored is not None)
     replayed = {stored.teacher: stored.annotation for stored in outputs}
-    teachers = build_teachers(config, world.device, tokenizer, replayed)
+    teachers = build_teachers(config, world.device, tokenizer, replayed, student)
     objectives = build_objectives(config, student, teachers)
     for name, needs in objectives.needs.items():
         teachers[name].prepare(needs, f"teachers.{name}.name")

@@ -113,6 +113,7 @@ class FixedGrid(nn.Module):
         tokens = grid[0] * grid[1]
         self.kept = max(1, round(tokens * (1 - config.token_drop)))
         self.all = tokens
+        self.shape = grid
         self.bridge = nn.Linear(own_width, width) if own_width != width else nn.Identity()
         self.cls_token = nn.Parameter(torch.zeros(1, 1, width)) if config.cls else None
         self.positions: torch.Tensor | None
@@ -138,7 +139,9 @@ class FixedGrid(nn.Module):
         sequences = x_SPC.shape[0]
         cls_positions, grid_positions = None, None
         if self.positions is not None:
-            positions_SPD = self.positions.expand(sequences, -1, -1)
+            # A fixed table stays fp32 where an engine has cast the parameters, and norms take one dtype.
+            dtype = next(self.parameters(), self.positions).dtype
+            positions_SPD = self.positions.to(dtype).expand(sequences, -1, -1)
             if self.cls_token is not None:
                 cls_positions, grid_positions = positions_SPD[:, :1], positions_SPD[:, 1:]
             else:

@@ -1,4 +1,5 @@
-"""Frozen teachers. They live outside the training engine, always in eval mode, and enter no checkpoint.
+"""Frozen teachers. They live outside the training engine, always in eval mode, and enter no checkpoint. (One that
+averages the student moves after each step and is kept.)
 
 Adding a kind of teacher is one file here and one line in ``TEACHERS``.
 """
@@ -15,9 +16,11 @@ from mmd2v.config.schema import Config, TeacherConfig
 from mmd2v.data.annotation_record import Annotation
 from mmd2v.data.tokenizers import Tokenizer
 from mmd2v.errors import UserError, unknown_name
+from mmd2v.models.student import Student
 from mmd2v.models.teachers.base import Needs, Targets, Teacher
 from mmd2v.models.teachers.beit2 import BEiT2Teacher
 from mmd2v.models.teachers.data2vec2 import Data2Vec2Teacher
+from mmd2v.models.teachers.ema import EMATeacher
 from mmd2v.models.teachers.exported import ExportTeacher
 from mmd2v.models.teachers.hf import hf_teacher
 from mmd2v.models.teachers.replay import ReplayTeacher
@@ -48,10 +51,12 @@ def build_teachers(
     device: torch.device,
     tokenizer: Tokenizer | None = None,
     replayed: Mapping[str, Annotation] | None = None,
+    student: Student | None = None,
 ) -> dict[str, Teacher]:
     """Load every teacher of a run onto ``device``; those that are ``replayed`` from stored outputs are not loaded.
 
-    Raises UserError for a name that does not exist, or a text teacher whose vocabulary is not the tokenizer's.
+    An `ema:MODALITY` starts as a copy of ``student``. Raises UserError for a name that does not exist, or a text
+    teacher whose vocabulary is not the tokenizer's.
     """
     teachers: dict[str, Teacher] = {}
     for name, teacher_config in config.teachers.items():
@@ -59,6 +64,11 @@ def build_teachers(
             teachers[name] = ReplayTeacher(name, teacher_config, replayed[name])
             continue
         where = f"teachers.{name}.name"
+        if teacher_config.averaged is not None:
+            if student is None:
+                raise UserError(f"{where}: '{teacher_config.name}' averages a student in training; there is none here")
+            teachers[name] = EMATeacher(student, teacher_config.averaged, teacher_config).freeze(device)
+            continue
         teacher = _build(teacher_config, device, where)
         if teacher.vocab_size is not None and tokenizer is not None and tokenizer.vocab_size > teacher.vocab_size:
             raise UserError(
@@ -75,6 +85,8 @@ def build_teachers(
 
 def _build(config: TeacherConfig, device: torch.device, where: str) -> Teacher:
     kind, _, rest = config.name.partition(":")
+    if config.averaged is not None:
+        raise UserError(f"{where}: '{config.name}' averages the student of a run; it cannot be loaded by itself")
     if not rest:
         raise UserError(
             f"{where}: found '{config.name}', expected timm:NAME[@WEIGHTS], or one of "
@@ -86,4 +98,4 @@ def _build(config: TeacherConfig, device: torch.device, where: str) -> Teacher:
     return teacher.freeze(device)
 
 
-__all__ = ["TEACHERS", "Needs", "ReplayTeacher", "Targets", "Teacher", "build_teachers", "load"]
+__all__ = ["TEACHERS", "EMATeacher", "Needs", "ReplayTeacher", "Targets", "Teacher", "build_teachers", "load"]

@@ -121,7 +121,7 @@ def _portable_config(config: Config, tokenizer: Tokenizer | None, folder: Path) 
         for name, teacher in config.teachers.items()
     }
     sources = {name: _public_name(source) for name, source in config.model.sources.items()}
-    model = config.model.model_copy(update={"encoders": encoders, "layers": layers, "sources": sources})
+    model = config.model.model_copy(update={"encoders": encoders, "layers": layers, "sources": sources, "init": None})
     return config.model_copy(update={"run_dir": config.name, "data": data, "model": model, "teachers": teachers})
 
 
@@ -154,10 +154,9 @@ def _portable_encoder(name: str, encoder: EncoderConfig, folder: Path) -> Encode
             AutoConfig.from_pretrained(encoder.name, trust_remote_code=False).save_pretrained(folder / relative)
         except (OSError, ValueError) as error:
             raise UserError(f"model.encoders.{name}.name: '{encoder.name}' has no usable config: {error}") from error
-        return encoder.model_copy(update={"name": relative.as_posix()})
-    if hasattr(encoder, "weights"):
-        return encoder.model_copy(update={"weights": None})
-    return encoder
+        return encoder.model_copy(update={"name": relative.as_posix(), "init": None})
+    update = {"init": None} | ({"weights": None} if hasattr(encoder, "weights") else {})
+    return encoder.model_copy(update=update)
 
 
 def _data_name(shards: str | list[str]) -> str | list[str]:

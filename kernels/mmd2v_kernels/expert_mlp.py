@@ -59,8 +59,8 @@ def expert_mlp(
     ``rows`` are host integers that cover 0 … T in order, so no synchronisation is needed; an empty range is allowed.
     ``row_scale_T`` multiplies the branch (0 drops it: stochastic depth); ``dropout`` is the probability on the
     branch's output. ``with_branch`` returns the rows and fc2's output [T, D] (before dropout, scales and residual),
-    which data2vec calls the layer result. Raises ValueError when the ranges do not cover the rows or ``norm`` is neither
-    pre nor post.
+    which data2vec calls the layer result. Raises ValueError when the ranges do not cover the rows or ``norm`` is
+    neither pre nor post.
     """
     if norm not in ("pre", "post"):
         raise ValueError(f"norm: found '{norm}', expected 'pre' or 'post'")

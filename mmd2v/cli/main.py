@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from mmd2v.errors import ReportedByMainRank, UserError, disk_message, told_once_a_node, unknown_name
+from mmd2v.plugins import load_plugins
 
 USER_ERROR_STATUS = 2
 INTERRUPT_STATUS = 130  # what a shell reports for a program that Ctrl-C ended: 128 + SIGINT
@@ -73,6 +74,7 @@ def main(argv: Sequence[str]) -> int:
             return 0
         if argv[0] not in COMMANDS:
             raise told_once_a_node(unknown_name("mmd2v", argv[0], COMMANDS))
+        load_plugins()
         return importlib.import_module(COMMANDS[argv[0]].module).main(argv[1:])
     except KeyboardInterrupt:
         return INTERRUPT_STATUS

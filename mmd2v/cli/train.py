@@ -9,9 +9,10 @@ from typing import Annotated
 import tyro
 
 from mmd2v.config.load import load_config, split_overrides
+from mmd2v.config.pipeline import is_pipeline, load_pipeline
 from mmd2v.errors import UserError, told_once_a_node
 
-_OWN_FLAGS = {"--dry-run": False, "--resume": True, "--help": False}
+_OWN_FLAGS = {"--dry-run": False, "--resume": True, "--scale": True, "--help": False}
 """Flags of the command itself → whether a value follows. Everything else overrides a key of the config."""
 
 _MORE = """Any key of the config can be set as --a.b VALUE, list items as --model.layers.0.count 3.
@@ -23,11 +24,13 @@ class Arguments:
     """Train a student from a config."""
 
     config: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="CONFIG.yaml")]
-    """YAML file that describes the run."""
+    """YAML file that describes the run, or the stages of a pipeline."""
     dry_run: tyro.conf.FlagCreatePairsOff[bool] = False
     """Print config, parameter counts, batch arithmetic and memory, run one mock step, and touch no file."""
     resume: Annotated[str | None, tyro.conf.arg(metavar="auto|PATH")] = None
     """`auto`: continue from the newest checkpoint of run_dir, if any; or the path of a checkpoint or run."""
+    scale: Annotated[str | None, tyro.conf.arg(metavar="NAME")] = None
+    """One of the config's `scales`, such as `mini`: the same run at another size."""
 
 
 def main(argv: Sequence[str]) -> int:
@@ -35,9 +38,18 @@ def main(argv: Sequence[str]) -> int:
     own, overrides = split_overrides(argv, _OWN_FLAGS)
     arguments = tyro.cli(Arguments, prog="mmd2v train", description=f"{Arguments.__doc__}\n\n{_MORE}", args=own)
     try:
-        config = load_config(arguments.config, overrides)
+        stages = load_pipeline(arguments.config, overrides, arguments.scale) if is_pipeline(arguments.config) else None
+        config = None if stages else load_config(arguments.config, overrides, arguments.scale)
+        if stages and arguments.resume not in (None, "auto"):
+            raise UserError("--resume: a pipeline goes on by itself; expected nothing, or auto")
     except UserError as error:
         raise told_once_a_node(error) from None
+    if stages:
+        from mmd2v.train.pipeline import dry_run_pipeline, run_pipeline
+
+        dry_run_pipeline(stages) if arguments.dry_run else run_pipeline(stages)
+        return _done()
+    assert config is not None
     if arguments.dry_run:
         from mmd2v.train.dry_run import dry_run
 
@@ -46,6 +58,10 @@ def main(argv: Sequence[str]) -> int:
         from mmd2v.train.loop import train
 
         train(config, arguments.resume)
+    return _done()
+
+
+def _done() -> int:
     from mmd2v.distributed.environment import shutdown
 
     shutdown()

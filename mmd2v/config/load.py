@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import difflib
-import importlib
 import os
 import re
 import types
@@ -16,6 +15,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from mmd2v.config.scales import SCALES_KEY, scale_settings
 from mmd2v.config.schema import Config
 from mmd2v.config.secrets import without_secrets
 from mmd2v.errors import UserError, nearest
@@ -73,7 +73,8 @@ def parse_yaml(text: str, source: str) -> Any:
 # ------------------------------------------------------------------------------------------------ files
 
 
-def _read_file(path: Path, named_by: str) -> dict[str, Any]:
+def read_yaml_file(path: Path, named_by: str) -> dict[str, Any]:
+    """Return the mapping a YAML file holds; ``named_by`` says in errors who named it. Raises UserError."""
     try:
         text = path.read_text(encoding="utf-8")
     except (FileNotFoundError, NotADirectoryError):
@@ -102,7 +103,7 @@ def _read_chain(path: Path) -> list[tuple[str, dict[str, Any]]]:
             names = " → ".join(str(p) for p in [*visited[visited.index(resolved) :], resolved])
             raise UserError(f"{named_by}: `base` goes in a circle: {names}")
         visited.append(resolved)
-        value = _read_file(path, named_by)
+        value = read_yaml_file(path, named_by)
         base = value.pop(BASE_KEY, None)
         chain.append((str(path), value))
         if base is None:
@@ -110,17 +111,21 @@ def _read_chain(path: Path) -> list[tuple[str, dict[str, Any]]]:
         if not isinstance(base, str):
             raise UserError(f"{path}: base: found a {_kind(base)}; expected one path, relative to this file")
         named_by = f"{path}: base"
-        path = path.parent / _expand(base, named_by)
+        path = path.parent / expand_variables(base, named_by)
 
 
 def _merge(into: dict[str, Any], new: Mapping[str, Any], source: str, origin: dict[KeyPath, str], at: KeyPath) -> None:
     """Merge ``new`` deeply into ``into``: dictionaries merge, everything else replaces.
 
-    A dictionary whose ``kind`` differs replaces as well: the keys of another kind would not be valid in it.
+    A dictionary whose ``kind`` differs replaces as well: the keys of another kind would not be valid in it. null in a
+    dictionary's place takes it away.
     """
     for key, value in new.items():
         here = (*at, key)
         old = into.get(key)
+        if isinstance(old, dict) and value is None:
+            del into[key]
+            continue
         if isinstance(old, dict) and isinstance(value, dict) and value.get("kind", old.get("kind")) == old.get("kind"):
             _merge(old, value, source, origin, here)
             continue
@@ -184,8 +189,8 @@ def _pairs(overrides: Sequence[str]) -> Iterable[tuple[str, str]]:
         i += 1
 
 
-def _apply_override(data: dict[str, Any], flag: str, raw: str, origin: dict[KeyPath, str]) -> KeyPath:
-    """Set one override in ``data`` and return its key path."""
+def _assign(data: dict[str, Any], flag: str, value: Any, origin: dict[KeyPath, str], source: str) -> KeyPath:
+    """Set the dotted key ``flag`` of ``data``, as ``source`` says, and return its path."""
     keys = flag.removeprefix("--").split(".")
     container: Any = data
     path: KeyPath = ()
@@ -202,12 +207,12 @@ def _apply_override(data: dict[str, Any], flag: str, raw: str, origin: dict[KeyP
             raise UserError(f"{flag}: '{_render(path)}' is the value {_shown(container)}, it has no key '{key}'")
         path = (*path, index)
         if last:
-            container[index] = parse_yaml(raw, flag)
-            _set_origin(origin, path, flag)
+            container[index] = value
+            _set_origin(origin, path, source)
             return path
         if isinstance(container, dict) and container.get(index) is None:
             container[index] = {}
-            _set_origin(origin, path, flag)
+            _set_origin(origin, path, source)
         container = container[index]
     raise AssertionError("a flag has at least one key")
 
@@ -215,13 +220,16 @@ def _apply_override(data: dict[str, Any], flag: str, raw: str, origin: dict[KeyP
 # ------------------------------------------------------------------------------------------ environment
 
 
-def _expand(text: str, where: str) -> str:
-    """Replace ``${VAR}`` and ``${VAR:-default}`` from the environment; ``$${`` stands for a literal ``${``."""
+def expand_variables(text: str, where: str, variables: Mapping[str, str] | None = None) -> str:
+    """Replace ``${VAR}`` and ``${VAR:-default}`` from ``variables`` or the environment; ``$${`` is a literal ``${``.
+
+    Raises UserError, beginning with ``where``, for a variable that is neither.
+    """
 
     def replacement(match: re.Match[str]) -> str:
         if match["escaped"]:
             return "${"
-        value = os.environ.get(match["name"])
+        value = (variables or {}).get(match["name"], os.environ.get(match["name"]))
         if value is None:
             value = match["default"]
         if value is None:
@@ -345,9 +353,7 @@ def _problem(error: Any, data: dict[str, Any], origin: Mapping[KeyPath, str], de
     return f"{prefix}found {_shown(error['input'])}; {expected}{'.' + hint if hint else ''}"
 
 
-def _report(
-    error: ValidationError, data: dict[str, Any], origin: Mapping[KeyPath, str], default: str, advice: str = ""
-) -> UserError:
+def _report(error: ValidationError, data: dict[str, Any], origin: Mapping[KeyPath, str], default: str) -> UserError:
     lines = []
     errors = error.errors()
     for e in errors:
@@ -356,35 +362,27 @@ def _report(
         if not (e["type"] == "string_type" and isinstance(e["input"], list) and deeper):
             lines.append(_problem(e, data, origin, default))
     if len(lines) == 1:
-        return UserError(lines[0] + advice)
-    return UserError(f"{len(lines)} problems in the config:\n" + "\n".join(f"  {line}" for line in lines) + advice)
-
-
-def _import_plugins(names: Any, where: str) -> None:
-    """Import the modules that a config names; what is no list of names is left to the schema's complaint."""
-    if not isinstance(names, list):
-        return
-    for name in names:
-        try:
-            if isinstance(name, str):
-                importlib.import_module(name)
-        except (ImportError, ValueError, TypeError) as error:  # empty and relative names raise the latter two
-            raise UserError(
-                f"{where}: found '{name}', expected a Python module that can be imported (installed, or in a folder "
-                f"of PYTHONPATH): {error}"
-            ) from None
+        return UserError(lines[0])
+    return UserError(f"{len(lines)} problems in the config:\n" + "\n".join(f"  {line}" for line in lines))
 
 
 # ------------------------------------------------------------------------------------------- public API
 
 
-def load_config(path: str | Path, overrides: Sequence[str] = (), *, plugins: bool = True) -> Config:
+def load_config(
+    path: str | Path,
+    overrides: Sequence[str] = (),
+    scale: str | None = None,
+    *,
+    settings: Mapping[str, Any] | None = None,
+    variables: Mapping[str, str] | None = None,
+) -> Config:
     """Read a run's description.
 
     ``path`` is a YAML file; its one ``base:`` key may name another file (relative to it) that is read first.
     Dictionaries merge deeply, lists replace. ``overrides`` are ``--a.b value`` or ``--a.b=value``, values in YAML.
-    ``${VAR}`` and ``${VAR:-default}`` in strings come from the environment. ``plugins=False`` imports none of the
-    modules that its ``plugins`` name: for files that are not one's own.
+    ``${VAR}`` and ``${VAR:-default}`` in strings come from ``variables`` or the environment. ``scale`` names one of the
+    config's `scales`; it comes after the files, then ``settings`` (dotted key → value), then the overrides.
 
     Raises UserError with one line a problem: file or flag, key path, what was found, what was expected.
     """
@@ -393,9 +391,12 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), *, plugins: boo
     origin: dict[KeyPath, str] = {}
     for source, values in chain:
         _merge(data, values, source, origin, ())
+    _apply_scale(data, origin, scale, str(path))
+    for key, value in (settings or {}).items():
+        _set_value(data, key, value, origin, "settings")
     raw_values: dict[KeyPath, str] = {}
     for flag, raw in _pairs(overrides):
-        raw_values[_apply_override(data, flag, raw, origin)] = raw
+        raw_values[_assign(data, flag, parse_yaml(raw, flag), origin, flag)] = raw
     for given, other in (("steps", "epochs"), ("epochs", "steps")):
         if (given,) in raw_values and (other,) not in raw_values:
             data.pop(other, None)  # the command line says how long the run is, whichever way the file does
@@ -403,23 +404,16 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), *, plugins: boo
     default = str(path)
 
     def expand(text: str, at: KeyPath) -> str:
-        return _expand(text, f"{_origin_of(origin, at, default)}: {_render(at)}")
+        return expand_variables(text, f"{_origin_of(origin, at, default)}: {_render(at)}", variables)
 
     data = _map_strings(data, expand)
-    if plugins:
-        _import_plugins(data.get("plugins"), f"{_origin_of(origin, ('plugins',), default)}: plugins")
-    advice = ""
-    if not plugins and data.get("plugins"):
-        advice = (
-            f"\nIt names plugins ({_shown(data['plugins'])}) that are not imported here: import them yourself first"
-        )
     try:
         return Config.model_validate(data)
     except ValidationError as error:
         # `--name 2024` reads as a number in YAML, and the field wants text: take what was typed.
         texts = {e["loc"] for e in error.errors() if e["type"] == "string_type"} & set(raw_values)
         if not texts:
-            raise _report(error, data, origin, default, advice) from None
+            raise _report(error, data, origin, default) from None
     for at in texts:
         container: Any = data
         for key in at[:-1]:
@@ -428,7 +422,30 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), *, plugins: boo
     try:
         return Config.model_validate(data)
     except ValidationError as error:
-        raise _report(error, data, origin, default, advice) from None
+        raise _report(error, data, origin, default) from None
+
+
+def _apply_scale(data: dict[str, Any], origin: dict[KeyPath, str], scale: str | None, path: str) -> None:
+    """Take the section `scales` out of ``data``, and apply the one that was asked for."""
+    scales = data.pop(SCALES_KEY, None)
+    if scale is None:
+        return
+
+    def named_in(key: str) -> str:
+        first, _, rest = key.partition(".")
+        where: KeyPath = (SCALES_KEY, first, *rest.split(".", 1))
+        return _origin_of(origin, where, path)
+
+    for key, value, source in scale_settings(scales, scale, read_yaml_file, named_in):
+        _set_value(data, key, value, origin, source)
+
+
+def _set_value(data: dict[str, Any], key: str, value: Any, origin: dict[KeyPath, str], source: str) -> None:
+    """Set a dotted key; the length of a run that is given one way replaces the other way."""
+    for given, other in (("steps", "epochs"), ("epochs", "steps")):
+        if key == given:
+            data.pop(other, None)
+    _assign(data, key, value, origin, source)
 
 
 def dump_config(config: Config) -> str:

@@ -27,6 +27,9 @@ class EncoderConfig(Section):
     positions: Literal["learned", "sincos", "none"] = Field(
         "learned", description="position embedding added after the bridge (not for the CLS under sincos)"
     )
+    init: str | None = Field(
+        None, description="`mmd2v:EXPORT` whose encoder of this input it starts from, all parts; none: see `weights`"
+    )
     norm: bool = Field(False, description="LayerNorm on the encoder's tokens before they enter the layers")
     norm_eps: float = Field(1e-5, gt=0, description="epsilon of that LayerNorm")
     dropout: Rate = Field(0.0, description="dropout probability on the tokens that enter the layers")
@@ -90,6 +93,9 @@ class HFTextEncoderConfig(EncoderConfig):
     input: Literal["text"] = Field("text", description="the part of a sample it sees")
     name: str = Field(description="folder or hub name of the encoder")
     positions: Literal["none"] = Field("none", description="the embedding module brings its own")
+    first_position: NonNegativeInt | None = Field(
+        None, description="row of the position table that the first token takes; none: the one it was trained with"
+    )
 
 
 AnyEncoder = Annotated[
@@ -191,6 +197,11 @@ class ModelConfig(Section):
     sources: dict[str, str] = Field(
         default_factory=dict,
         description="name → source of blocks that `init` may name, changed in one place",
+    )
+    init: str | None = Field(
+        None,
+        description="`mmd2v:EXPORT` of the same architecture that everything starts from, for fine-tuning; a "
+        "projection of another form stays random",
     )
     token_types: Literal["none", "input", "shared"] = Field(
         "none",

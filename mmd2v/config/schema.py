@@ -122,12 +122,10 @@ class Config(Section):
 
     name: str = Field(description="name of the run")
     run_dir: str = Field(description="folder that receives config, metrics and checkpoints")
-    plugins: list[str] = Field(
-        default_factory=list,
-        description="Python modules that are imported before the rest is read: they register encoders of their own",
-    )
     seed: int = Field(0, ge=0, description="seed of initialisation, data order, augmentation and dropout")
-    steps: PositiveInt | None = Field(None, description="optimiser steps; give this or `epochs`")
+    steps: NonNegativeInt | None = Field(
+        None, description="optimiser steps; give this or `epochs`. 0 measures and keeps the model as it starts"
+    )
     epochs: float | None = Field(None, gt=0, description="passes over data.train; give this or `steps`")
     data: DataConfig = Field(description="where samples come from")
     model: ModelConfig = Field(description="the student")

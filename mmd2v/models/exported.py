@@ -32,19 +32,14 @@ def load_student(folder: str | Path, where: str) -> Student:
     config = load_export_config(folder, where)
     tokenizer = None if config.data.tokenizer is None else load_tokenizer(config.data.tokenizer)
     student = build_student(config, tokenizer, pretrained=False)
-    path = _file(folder, WEIGHTS_FILE, where)
-    try:
-        state = load_file(path)
-    except SafetensorError as error:
-        raise UserError(f"{where}: {path} is no readable safetensors file: {error}") from error
-    load_exactly(student, state, f"{where}: the weights in {folder} do not fit its {CONFIG_FILE}")
+    what = f"{where}: the weights in {folder} do not fit its {CONFIG_FILE}"
+    load_exactly(student, exported_state(folder, where), what)
     return student.eval()
 
 
 def load_export_config(folder: str | Path, where: str) -> Config:
     """Return the config of an export with its relative paths made absolute."""
-    # An export may come from anywhere: modules that it names are imported by who trusts them, not from here.
-    config = load_config(_file(folder, CONFIG_FILE, where), plugins=False)
+    config = load_config(_file(folder, CONFIG_FILE, where))
     folder = Path(folder).resolve()
     data, model = config.data, config.model
     if data.tokenizer is not None:
@@ -55,6 +50,15 @@ def load_export_config(folder: str | Path, where: str) -> Config:
         for name, encoder in model.encoders.items()
     }
     return config.model_copy(update={"data": data, "model": model.model_copy(update={"encoders": encoders})})
+
+
+def exported_state(folder: str, where: str) -> dict[str, torch.Tensor]:
+    """Return all weights of an export. Raises UserError, beginning with ``where``, when it is none or is damaged."""
+    path = _file(folder, WEIGHTS_FILE, where)
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise UserError(f"{where}: {path} is no readable safetensors file: {error}") from error
 
 
 def exported_block(folder: str, index: int, owner: str, where: str) -> dict[str, torch.Tensor]:

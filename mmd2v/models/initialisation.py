@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable
 
 import torch
 from torch import nn
@@ -52,22 +53,44 @@ def init_from_sources(layers: nn.ModuleList, config: ModelConfig) -> None:
 
 
 def init_encoders(encoders: nn.ModuleDict, config: ModelConfig) -> None:
-    """Fill the patch and token encoders that name ``weights``. Raises UserError on any mismatch."""
+    """Fill the encoders that name a source of all their parts. Raises UserError on any mismatch."""
     for name, encoder_config in config.encoders.items():
-        weights = getattr(encoder_config, "weights", None)
-        if weights is not None and encoder_config.kind in ("patch", "tokens"):
-            where = f"model.encoders.{name}.weights"
-            source = config.sources.get(weights, weights)
-            state = _encoder_state(source, encoder_config, where)
-            _fill_encoder(encoders[name], state, source, where)
+        key, source = "init", encoder_config.init
+        if source is None and encoder_config.kind in ("patch", "tokens"):
+            key, source = "weights", getattr(encoder_config, "weights", None)
+        if source is not None:
+            where = f"model.encoders.{name}.{key}"
+            source = config.sources.get(source, source)
+            _fill_encoder(encoders[name], _encoder_state(source, encoder_config, where), source, where)
+
+
+def init_everything(student: nn.Module, source: str) -> None:
+    """Fill the whole student from ``source``, the config's ``model.init``.
+
+    Raises UserError when one of its weights, but for the projection's, is not in the export.
+    """
+    where = "model.init"
+    kind, _, path = source.partition(":")
+    if kind != "mmd2v":
+        raise unknown_name(where, kind, ["mmd2v"])
+    from mmd2v.models.exported import exported_state
+
+    found = exported_state(path, where)
+    for name, value in student.state_dict().items():
+        fits = name in found and found[name].shape == value.shape
+        if fits:
+            value.copy_(found[name])
+        elif not name.startswith("projection."):
+            seen = tuple(found[name].shape) if name in found else "nothing"
+            raise UserError(f"{where}: {path} has {seen} for {name}, the student needs {tuple(value.shape)}")
 
 
 def _fill_encoder(encoder: nn.Module, state: dict[str, torch.Tensor], source: str, where: str) -> None:
     own = encoder.state_dict()
     if own.keys() != state.keys():
         raise UserError(
-            f"{where}: {source} has {sorted(state)}, the encoder {sorted(own)}; set its norm, cls and positions as the "
-            "source's"
+            f"{where}: {source} has {_some(state.keys() - own.keys())} more and lacks "
+            f"{_some(own.keys() - state.keys())}; set the encoder's kind, norm, cls and positions as the source's"
         )
     for name, value in own.items():
         found = state[name]
@@ -76,6 +99,11 @@ def _fill_encoder(encoder: nn.Module, state: dict[str, torch.Tensor], source: st
         if found.shape != value.shape:
             raise UserError(f"{where}: {name} has shape {tuple(found.shape)}, the student needs {tuple(value.shape)}")
         value.copy_(found)
+
+
+def _some(names: Iterable[str]) -> str:
+    names = sorted(names)
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} others" if len(names) > 3 else "") if names else "nothing"
 
 
 def _encoder_state(source: str, config: EncoderConfig, where: str) -> dict[str, torch.Tensor]:
@@ -89,7 +117,7 @@ def _encoder_state(source: str, config: EncoderConfig, where: str) -> dict[str, 
     architecture = read_architecture(path, kind, where)
     if config.norm_eps != architecture.eps:
         raise UserError(
-            f"{where.removesuffix('.weights')}.norm_eps: found {config.norm_eps:g}, {path} was trained with "
+            f"{where.rpartition('.')[0]}.norm_eps: found {config.norm_eps:g}, {path} was trained with "
             f"{architecture.eps:g}"
         )
     return encoder_state(path, kind, where)

@@ -19,7 +19,7 @@ from mmd2v.data.batch import Batch
 from mmd2v.data.tokenizers import Tokenizer, check_ids
 from mmd2v.errors import UserError
 from mmd2v.models.encoders import ENCODERS, LIBRARY_PARTS, Encoded, EncoderContext
-from mmd2v.models.initialisation import init_encoders, init_from_sources, init_random
+from mmd2v.models.initialisation import init_encoders, init_everything, init_from_sources, init_random
 from mmd2v.models.layers import SHARED, Layer
 from mmd2v.models.masking import Mask, build_maskings, gather_visible
 from mmd2v.models.packed import Layout, Packed
@@ -403,6 +403,8 @@ def build_student(config: Config, tokenizer: Tokenizer | None, pretrained: bool 
             if pretrained:
                 init_from_sources(student.layers, config.model)
                 init_encoders(student.encoders, config.model)
+                if config.model.init is not None:
+                    init_everything(student, config.model.init)
     freeze(student, config.model.freeze, "model.freeze")
     return student
 

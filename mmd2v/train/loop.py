@@ -99,7 +99,7 @@ class Run:
 
         self.checkpointer = Checkpointer(self.run_dir, config.checkpoint.keep, world)
         changes = config_changes(self.run_dir, config) if start is not None and world.is_main else []
-        if world.is_main and self.step < self.steps:  # a finished run keeps the config it was trained with
+        if world.is_main and (start is None or self.step < self.steps):  # a finished run keeps its config
             describe_run(self.run_dir, config, world, self.engine.description)
         self.reporter = Reporter(self.run_dir, world, self.steps, self.step, config.logging.tensorboard)
         self.meter, self.stopwatch = LossMeter(), Stopwatch()
@@ -148,6 +148,10 @@ class Run:
             # Once in a while and at the end: a checkpoint.
             if saves:
                 self._save()
+
+        # A run of no steps keeps the model it starts from.
+        if self.steps == 0 and self.checkpointer.newest is None:
+            self._save()
 
         # A finished run that is started again has its last recall already.
         if not from_main_rank(lambda: is_evaluated(self.run_dir / METRICS_FILE, self.step)):

@@ -2,11 +2,11 @@
 
 import pytest
 import torch
+from originals import FP32, FP64, AsGiven, Golden, converted, image_batch, rows, text_batch
 
 import mmd2v
 from mmd2v.models.checkpoints.student import converted_student
 from mmd2v.models.student import Wanted
-from tests.golden.originals import FP32, FP64, AsGiven, Golden, converted, image_batch, rows, text_batch
 
 
 def run(model, batch, modality, depth):

@@ -2,12 +2,7 @@
 
 import pytest
 import torch
-
-from mmd2v.config.schema import Config
-from mmd2v.models.student import Wanted
-from mmd2v.train.optimizer import build_optimizer, parameter_groups
-from mmd2v.train.parts import build_parts
-from tests.golden.originals import (
+from originals import (
     CPU,
     FP32,
     FP64,
@@ -18,6 +13,11 @@ from tests.golden.originals import (
     rows,
     text_batch,
 )
+
+from mmd2v.config.schema import Config
+from mmd2v.models.student import Wanted
+from mmd2v.train.optimizer import build_optimizer, parameter_groups
+from mmd2v.train.parts import build_parts
 
 
 def config_of(image, text, teacher, shared_layers: int) -> Config:

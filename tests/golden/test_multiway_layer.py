@@ -3,11 +3,11 @@
 import numpy as np
 import pytest
 import torch
+from originals import FP32, Golden
 
 from mmd2v.config.schema import LayerConfig
 from mmd2v.models.layers import Layer
 from mmd2v.models.packed import Layout
-from tests.golden.originals import FP32, Golden
 
 _HALVES = {
     "attention": {

@@ -2,10 +2,7 @@
 
 import pytest
 import torch
-
-from mmd2v.config.schema import Config
-from mmd2v.train.parts import build_parts
-from tests.golden.originals import (
+from originals import (
     BLOCK_PARTS,
     CPU,
     AsGiven,
@@ -16,6 +13,9 @@ from tests.golden.originals import (
     load_blocks,
     text_batch,
 )
+
+from mmd2v.config.schema import Config
+from mmd2v.train.parts import build_parts
 
 
 def config_of(modality: str, folder) -> Config:

@@ -21,6 +21,7 @@ TESTS = Path(__file__).parents[1]
 ENVIRONMENT = {
     **os.environ,
     "OMP_NUM_THREADS": "1",
+    "MMD2V_PLUGINS": "spectrogram_encoder",
     "PYTHONPATH": os.pathsep.join(filter(None, [str(TESTS), os.environ.get("PYTHONPATH")])),
 }
 NAMES = ("image", "text", "sound")
@@ -59,7 +60,6 @@ def data(tmp_path_factory) -> Path:
 
 def _config(file: Path, data: Path, **changes) -> Path:
     values = {
-        "plugins": ["spectrogram_encoder"],
         "steps": STEPS,
         "data__train__shards": str(data / "sound"),
         "data__arrays": {"mel": {"key": "mel.npy", "shape": [9, 4]}},

@@ -29,7 +29,15 @@ def converted_student(
     ``mean`` and ``std`` replace ImageNet's. Raises UserError, beginning with ``where``, for a folder that is none.
     """
     architecture = read_architecture(folder, family, where)
-    modality = family.rpartition("-")[2]
+    student = student_of(family, architecture, where, mean, std)
+    load_exactly(student, load_state(folder, family, where), f"{where}: the weights in {folder} do not fit its config")
+    return student.eval(), architecture
+
+
+def student_of(
+    family: str, architecture: Architecture, where: str, mean: _Triple = None, std: _Triple = None
+) -> Student:
+    """Return the model of a data2vec 2.0 architecture with random weights."""
     usual = ImageTransformConfig()
     context = EncoderContext(
         width=architecture.width,
@@ -41,9 +49,7 @@ def converted_student(
         pretrained=False,
         where=where,
     )
-    student = Student(_model_config(architecture, modality), context)
-    load_exactly(student, load_state(folder, family, where), f"{where}: the weights in {folder} do not fit its config")
-    return student.eval(), architecture
+    return Student(_model_config(architecture, family.rpartition("-")[2]), context)
 
 
 def _model_config(architecture: Architecture, modality: str) -> ModelConfig:

@@ -1,7 +1,7 @@
 """Modality encoders: raw input of one modality → token rows that enter the layers.
 
 Adding a kind of encoder is a config class, an encoder class, and one call of `register_encoder`; it may live in any
-module that the config's ``plugins`` name.
+module that `mmd2v.plugins` finds.
 """
 
 from __future__ import annotations

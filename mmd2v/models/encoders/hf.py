@@ -29,8 +29,9 @@ class HFTextEncoder(ModalityEncoder):
             )
         self.vocab_size = model.config.vocab_size
         self.embeddings = model.embeddings
-        self.first_position = first_position(model)
-        limit = text_positions(model)
+        own_first = first_position(model)
+        self.first_position = own_first if config.first_position is None else config.first_position
+        limit = text_positions(model) + own_first - self.first_position
         if context.max_length is not None and context.max_length > limit:
             raise UserError(
                 f"data.tokenizer.max_length: found {context.max_length}, '{config.name}' has {limit} positions"

@@ -32,7 +32,7 @@ class BEiT2Teacher(Teacher):
         architecture = read_architecture(folder, "beit2", where)
         if config.image_size not in (None, architecture.image_size):
             raise UserError(f"{where}: image_size is {config.image_size}, but {folder} takes {architecture.image_size}")
-        self.model = _beit(architecture)
+        self.model = beit_of(architecture)
         load_exactly(self.model, load_state(folder, "beit2", where), f"{where}: the weights in {folder} do not fit")
         mean, std = config.mean or IMAGENET_DEFAULT_MEAN, config.std or IMAGENET_DEFAULT_STD
         self.normalize = Normalize(mean, std, architecture.image_size)
@@ -44,7 +44,8 @@ class BEiT2Teacher(Teacher):
         return Targets(tokens_BTD[:, 0], tokens_BTD)
 
 
-def _beit(architecture: Architecture) -> Beit:
+def beit_of(architecture: Architecture) -> Beit:
+    """Return BEiT-2's graph with random weights."""
     return Beit(
         img_size=architecture.image_size,
         patch_size=architecture.patch_size,

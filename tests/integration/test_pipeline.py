@@ -1,0 +1,181 @@
+"""Three stages by one command: each from the exports of those before it, none repeated, interrupted ones continued."""
+
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from training_runs import make_data, run_config
+
+from mmd2v.config.load import load_config
+from mmd2v.config.pipeline import load_pipeline
+from mmd2v.data.tokenizers import load_tokenizer
+from mmd2v.errors import UserError
+from mmd2v.export import export
+from mmd2v.models.student import build_student
+from mmd2v.train.loop import train
+from mmd2v.train.metrics import read_metrics
+from mmd2v.train.pipeline import dry_run_pipeline, run_pipeline
+
+RUN = """
+name: {name}
+run_dir: unused
+steps: 2
+data:
+  train: {{shards: {shards}}}
+  image: {{size: 32, crop_scale: [1.0, 1.0]}}
+  workers: 0
+  {tokenizer}
+model:
+  width: 16
+  heads: 2
+  encoders: {{{encoders}}}
+  layers: [{layers}]
+  final_norm: false
+  projection: {{kind: none}}
+{teachers}
+objectives: [{objectives}]
+engine: {{device: cpu, batch_size: 4, precision: fp32, zero_stage: 0}}
+logging: {{tensorboard: false}}
+"""
+
+PATCH = "image: {kind: patch, patch_size: 8, frozen: true}"
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return make_data(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture
+def pipeline(data, tmp_path):
+    """A teacher is trained, half of it is distilled, and the result teaches text."""
+    shards = data / "train"
+    tokenizer = f"tokenizer: {{path: {data / 'tokenizer.json'}, max_length: 24}}"
+    teacher = RUN.format(
+        name="teacher",
+        shards=shards,
+        tokenizer="labels: attributes",
+        encoders=PATCH,
+        layers="{kind: separate, count: 2, norm: post}",
+        teachers="",
+        objectives="{kind: attributes, classes: 450, prior: 0.02}",
+    )
+    half = RUN.format(
+        name="half",
+        shards=shards,
+        tokenizer="",
+        encoders=PATCH.replace("}", ', init: "mmd2v:${STAGE_TEACHER}"}'),
+        layers='{kind: separate, norm: post, init: {image: {source: "mmd2v:${STAGE_TEACHER}"}}}',
+        teachers='teachers: {whole: {name: "mmd2v:${STAGE_TEACHER}", shared_encoder: image, precision: fp32}}',
+        objectives="{kind: layer_results, teacher: whole, modality: image}",
+    )
+    both = RUN.format(
+        name="both",
+        shards=shards,
+        tokenizer=tokenizer,
+        encoders=PATCH.replace("}", ', init: "mmd2v:${STAGE_HALF}"}') + ", text: {kind: tokens}",
+        layers='{kind: separate, norm: post, init: {image: {source: "mmd2v:${STAGE_HALF}"}}}, {kind: shared}',
+        teachers='teachers: {image: {name: "mmd2v:${STAGE_TEACHER}"}}',
+        objectives="{kind: cls_regression, teacher: image, head: none}, {kind: contrastive}",
+    )
+    for name, text in {"teacher": teacher, "half": half, "both": both}.items():
+        (tmp_path / f"{name}.yaml").write_text(text)
+    file = tmp_path / "pipeline.yaml"
+    stages = "\n".join(f"  {name}: {{config: {name}.yaml}}" for name in ("teacher", "half", "both"))
+    file.write_text(f"run_dir: {tmp_path / 'runs'}\nstages:\n{stages}\n")
+    return file
+
+
+def test_stages_follow_one_another_and_are_not_repeated(pipeline, capsys):
+    runs = pipeline.parent / "runs"
+    run_pipeline(load_pipeline(pipeline))
+    for name in ("teacher", "half", "both"):
+        assert (runs / name / "export" / "model.safetensors").is_file()
+    rows = read_metrics(runs / "half" / "metrics.jsonl")
+    assert any("loss/layer_results_loss/image" in row for row in rows)
+    written = {path: path.stat().st_mtime_ns for path in runs.rglob("*.safetensors")}
+
+    capsys.readouterr()
+    run_pipeline(load_pipeline(pipeline))
+    assert capsys.readouterr().out.count("finished before") == 3
+    assert {path: path.stat().st_mtime_ns for path in runs.rglob("*.safetensors")} == written
+
+    # A last stage that was not exported is the only one that is trained again, from its checkpoint.
+    shutil.rmtree(runs / "both" / "export")
+    run_pipeline(load_pipeline(pipeline))
+    out = capsys.readouterr().out
+    assert out.count("finished before") == 2 and "continuing from" in out
+
+    # The student of the second stage started from the first one's weights and has its encoder.
+    config = load_config(runs / "half" / "export" / "config.yaml")
+    assert config.model.encoders["image"].init is None
+
+    with pytest.raises(UserError, match=r"stage half: .* was made with another config"):
+        run_pipeline(load_pipeline(pipeline, ["--half.steps", "3"]))
+
+
+def test_overrides_name_their_stage(pipeline):
+    with pytest.raises(UserError, match="an override names its stage"):
+        load_pipeline(pipeline, ["--steps", "3"])
+    with pytest.raises(UserError, match=r"Did you mean 'half'\?"):
+        load_pipeline(pipeline, ["--hulf.steps", "3"])
+
+
+def test_dry_run_names_what_is_missing(pipeline, capsys):
+    dry_run_pipeline(load_pipeline(pipeline))
+    out = capsys.readouterr().out
+    assert "stage half: cannot be built before" in out
+    assert not (pipeline.parent / "runs").exists()
+
+
+def test_unknown_scale_is_named(pipeline):
+    with pytest.raises(UserError, match="--scale: unknown name 'mini'"):
+        load_config(pipeline.parent / "teacher.yaml", scale="mini")
+
+
+def test_scale_replaces_values_from_its_file_and_its_own(tmp_path):
+    (tmp_path / "sizes").mkdir()
+    (tmp_path / "sizes" / "small.yaml").write_text("model.width: 64\nepochs: 3\nengine.batch_size: 8\n")
+    base = tmp_path / "base.yaml"
+    base.write_text(
+        "name: x\nrun_dir: x\nsteps: 5\ndata: {train: {shards: s}}\n"
+        "model: {width: 16, heads: 2, encoders: {image: {kind: patch}}, layers: [{kind: separate, count: 4}]}\n"
+        "objectives: [{kind: attributes, classes: 3}]\n"
+        "scales: {small: {file: sizes/small.yaml, set: {model.layers.0.count: 2}}}\n"
+    )
+    row = tmp_path / "row.yaml"
+    row.write_text("base: base.yaml\ndata: {labels: a}\nscales: {small: {set: {engine.batch_size: 4}}}\n")
+    plain, small = load_config(row), load_config(row, scale="small")
+    assert (plain.steps, plain.model.width, plain.model.layers[0].count) == (5, 16, 4)
+    assert (small.steps, small.epochs, small.model.width, small.model.layers[0].count) == (None, 3, 64, 2)
+    assert small.engine.batch_size == 4
+    row.write_text("base: base.yaml\ndata: {labels: a}\nscales: {small: {set: {model.layers.7.count: 4}}}\n")
+    with pytest.raises(UserError, match=r"'7' is no item of the list 'model\.layers'"):
+        load_config(row, scale="small")
+
+
+def test_run_of_no_steps_measures_and_keeps_its_start(data, tmp_path):
+    config = run_config(tmp_path / "start.yaml", data, steps=0, data__eval={"shards": str(data / "test")})
+    train(config)
+    run = tmp_path / "runs" / "start"
+    assert [path.name for path in (run / "checkpoints").iterdir()] == ["step-000000"]
+    (row,) = [row for row in read_metrics(run / "metrics.jsonl") if "evaluation/i2t_R@1" in row]
+    assert row["step"] == 0
+    export(run, tmp_path / "export")
+    config = config.model_copy(update={"teachers": {}})
+    start = build_student(config, load_tokenizer(config.data.tokenizer)).state_dict()
+    kept = load_file(tmp_path / "export" / "model.safetensors")
+    assert all(torch.equal(kept[name], value) for name, value in start.items())
+
+
+def test_fine_tuning_starts_from_everything_of_an_export(data, tmp_path):
+    train(run_config(tmp_path / "first.yaml", data, steps=1))
+    export(tmp_path / "runs" / "first", tmp_path / "export")
+    config = run_config(tmp_path / "tuned.yaml", data, model__init=f"mmd2v:{tmp_path / 'export'}")
+    tokenizer = load_tokenizer(config.data.tokenizer)
+    kept = load_file(tmp_path / "export" / "model.safetensors")
+    assert all(torch.equal(kept[name], value) for name, value in build_student(config, tokenizer).state_dict().items())
+    wider = run_config(tmp_path / "wider.yaml", data, model__init=f"mmd2v:{tmp_path / 'export'}", model__width=64)
+    with pytest.raises(UserError, match=r"model\.init: .* has \(32.*, the student needs \(64"):
+        build_student(wider, tokenizer)

@@ -57,9 +57,13 @@ def write_csv(path: Path, results: Sequence[RunResult]) -> None:
 
 def conditions(command: Sequence[str], settings: dict[str, Any], results: Sequence[RunResult]) -> dict[str, Any]:
     """What a reader must know to trust or repeat the numbers; nothing that names the machine or its folders."""
+    return {**surroundings(command), **settings, "results": [result._asdict() for result in results]}
+
+
+def surroundings(command: Sequence[str]) -> dict[str, Any]:
+    """The command, and what it ran on."""
     return {
         "command": " ".join(without_folder(word) for word in command),
-        **settings,
         "machine": {"processor": processor(), "cores": os.cpu_count()},
         "versions": {
             "python": platform.python_version(),
@@ -67,7 +71,6 @@ def conditions(command: Sequence[str], settings: dict[str, Any], results: Sequen
             "commit": code_version(),
             **{name: _version(name) for name in _PACKAGES},
         },
-        "results": [result._asdict() for result in results],
     }
 
 

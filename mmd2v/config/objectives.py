@@ -43,7 +43,7 @@ class TeacherConfig(Section):
     shared_encoder: str | None = Field(
         None,
         description="modality of the student whose encoder, frozen and with this teacher's own weights, runs once for "
-        "both",
+        "both, in the teacher's precision",
     )
     outputs: str | None = Field(
         None,

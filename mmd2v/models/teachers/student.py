@@ -39,15 +39,14 @@ class StudentTeacher(Teacher):
     def share_encoder(self, encoder: nn.Module, where: str) -> None:
         """See `Teacher.share_encoder`. Raises UserError when the weights are not the teacher's own."""
         own, shared = self.model.encoders[self.name].state_dict(), encoder.state_dict()
-        # Of a position table the student may have fewer rows: the first ones.
-        differ = [n for n, v in shared.items() if n not in own or not torch.equal(own[n].float()[: len(v)], v.float())]
+        differ = [name for name, value in shared.items() if name not in own or not _begins_with(own[name], value)]
         if differ or len(own) != len(shared):
             raise UserError(
                 f"{where}: found '{self.config.shared_encoder}', whose weights are not those of the encoder of "
                 f"'{self.config.name}' ({', '.join(differ[:3]) or 'other parts'}); start it from the same source and "
                 "freeze it"
             )
-        self.model.encoders[self.name] = copy.deepcopy(encoder).requires_grad_(False).eval()
+        self.model.encoders[self.name] = copy.deepcopy(encoder).to(dtype=self.dtype).requires_grad_(False).eval()
 
     def encode(self, batch: Batch) -> Targets:
         """Return CLS, tokens and what is needed besides."""
@@ -69,3 +68,8 @@ class StudentTeacher(Teacher):
             output.cls_attention.get(self.name),
             output.encoded[self.name] if self.config.shared_encoder is not None else None,
         )
+
+
+def _begins_with(own: torch.Tensor, value: torch.Tensor) -> bool:
+    """Tell whether ``value``, in the teacher's dtype, is ``own``; of a position table it may be the first rows."""
+    return torch.equal(own if own.ndim == 0 else own[: len(value)], value.to(own.dtype))

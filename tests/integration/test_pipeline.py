@@ -67,7 +67,7 @@ def pipeline(data, tmp_path):
         tokenizer="",
         encoders=PATCH.replace("}", ', init: "mmd2v:${STAGE_TEACHER}"}'),
         layers='{kind: separate, norm: post, init: {image: {source: "mmd2v:${STAGE_TEACHER}"}}}',
-        teachers='teachers: {whole: {name: "mmd2v:${STAGE_TEACHER}", shared_encoder: image, precision: fp32}}',
+        teachers='teachers: {whole: {name: "mmd2v:${STAGE_TEACHER}", shared_encoder: image}}',
         objectives="{kind: layer_results, teacher: whole, modality: image}",
     )
     both = RUN.format(

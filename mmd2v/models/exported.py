@@ -62,19 +62,23 @@ def exported_state(folder: str, where: str) -> dict[str, torch.Tensor]:
 
 
 def exported_block(folder: str, index: int, owner: str, where: str) -> dict[str, torch.Tensor]:
-    """Return layer ``index`` of an export as ``owner`` (a modality or ``shared``) sees it, in our block names."""
+    """Return layer ``index`` of an export as ``owner`` (a modality or ``shared``) sees it, in our block names.
+
+    Of a half that has a single owner its weights are taken, whoever asks: an image model's attention may become shared.
+    Raises UserError when the layer has several owners and none is the one asked for, or is not there.
+    """
     found = {}
     with safe_open(_file(folder, WEIGHTS_FILE, where), framework="pt") as file:
-        names = list(file.keys())
+        names = [name for name in file.keys() if name.startswith(f"layers.{index}.")]  # noqa: SIM118
         for half in ("attention", "mlp"):
-            for candidate in (owner, SHARED):
-                prefix = f"layers.{index}.{half}.{candidate}."
-                keys = [name for name in names if name.startswith(prefix)]
-                if keys:
-                    found.update({f"{half}.{k.removeprefix(prefix)}": file.get_tensor(k) for k in keys})
-                    break
-    if not found:
-        raise UserError(f"{where}: layer {index} of {folder} has no weights of '{owner}'")
+            prefix = f"layers.{index}.{half}."
+            owners = sorted({name.removeprefix(prefix).split(".")[0] for name in names if name.startswith(prefix)})
+            candidates = [one for one in (owner, SHARED) if one in owners] or (owners if len(owners) == 1 else [])
+            if not candidates:
+                has = f"owners {', '.join(owners)} of its {half}" if owners else f"no {half}"
+                raise UserError(f"{where}: layer {index} of {folder} has {has}, and no weights of '{owner}'")
+            own = f"{prefix}{candidates[0]}."
+            found.update({f"{half}.{n.removeprefix(own)}": file.get_tensor(n) for n in names if n.startswith(own)})
     return found
 
 

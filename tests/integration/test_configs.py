@@ -9,7 +9,10 @@ from training_runs import make_data
 
 from mmd2v.config.load import load_config, read_yaml_file
 from mmd2v.config.pipeline import is_pipeline, load_pipeline
+from mmd2v.data.tokenizers import load_tokenizer
 from mmd2v.distributed import environment
+from mmd2v.export import write_export
+from mmd2v.models.student import build_student
 from mmd2v.train.dry_run import dry_run, parameter_counts
 from mmd2v.train.parts import build_parts
 
@@ -115,9 +118,14 @@ def test_dry_run_of_a_row_prints_these_sizes(public, capsys):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("path", PUBLIC_SIZE, ids=named)
-def test_public_sizes_dry_run(path, public, capsys):
+def test_public_sizes_dry_run(path, public, monkeypatch, tmp_path, capsys):
     if path.stem == "distilled_experts":
-        pytest.skip("starts from the exports of two stages: see test_pipeline")
+        for stage in ("image", "text"):
+            untrained(CONFIGS / "stages" / f"{stage}.yaml", tmp_path / stage)
+            monkeypatch.setenv(f"STAGE_{stage.upper()}", str(tmp_path / stage))
+    if path.stem == "finetune":
+        untrained(CONFIGS / "beyond" / "contrastive.yaml", tmp_path / "pretrained")
+        monkeypatch.setenv("PRETRAINED", str(tmp_path / "pretrained"))
     dry_run(load_config(path, SMALL))
     assert "loss " in capsys.readouterr().out
 
@@ -140,4 +148,48 @@ def test_small_runs_dry_run(path, shared, small_data, variables, monkeypatch, ca
     else:
         overrides += ["--engine.batch_size=4"]
     dry_run(load_config(path, overrides))
+    assert "loss " in capsys.readouterr().out
+
+
+MINI = [path for path in PUBLIC_SIZE if path.parent.name in ("table1", "questions", "stages", "beyond")]
+ALWAYS = ["mm_d2v2_beit2", "frozen_image_attention", "matching"]
+"""Rows that `make test` dry-runs at the mini scale; the others are slow together."""
+
+
+def untrained(path: Path, out: Path, **options) -> None:
+    config = load_config(path, **options)
+    tokenizer = load_tokenizer(config.data.tokenizer) if config.data.tokenizer else None
+    write_export(out, build_student(config, tokenizer), config, tokenizer)
+
+
+@pytest.fixture(scope="module")
+def towers(shared, tmp_path_factory):
+    """The small towers of `--scale mini` before their training."""
+    folder = tmp_path_factory.mktemp("towers")
+    with pytest.MonkeyPatch.context() as patch:
+        for name in VARIABLES:
+            patch.setenv(name, str(folder / name.lower()))
+        patch.setenv("MMD2V_TEACHERS", str(shared / "teachers"))
+        patch.setenv("MMD2V_MINI", str(folder))
+        untrained(CONFIGS / "cpu" / "image_tower.yaml", folder / "image_tower" / "export")
+        untrained(CONFIGS / "stages" / "image.yaml", folder / "image_distilled" / "export", scale="mini")
+        untrained(CONFIGS / "cpu" / "text_stage.yaml", folder / "text_distilled" / "export")
+    return folder
+
+
+@pytest.mark.parametrize(
+    "path", [pytest.param(p, marks=() if p.stem in ALWAYS else pytest.mark.slow, id=named(p)) for p in MINI]
+)
+def test_mini_scale_dry_runs(path, shared, towers, variables, monkeypatch, capsys):
+    monkeypatch.setenv("MMD2V_TEACHERS", str(shared / "teachers"))
+    monkeypatch.setenv("MMD2V_MINI", str(towers))
+    monkeypatch.setenv("PRETRAINED", str(towers / "fine_tuned"))
+    if path.stem == "finetune" and not (towers / "fine_tuned").exists():
+        untrained(CONFIGS / "beyond" / "contrastive.yaml", towers / "fine_tuned", scale="mini")
+    overrides = ["--engine.device=cpu"]
+    if load_config(path, scale="mini").data.batch_tokens is None:
+        overrides.append("--engine.batch_size=4")
+    else:
+        overrides.append("--data.batch_tokens=1100")
+    dry_run(load_config(path, overrides, "mini"))
     assert "loss " in capsys.readouterr().out

@@ -1,4 +1,4 @@
-"""Regression of layer results and of tokens: which tokens count, padding, other libraries' teachers, what is refused."""
+"""Regression of layer results and of tokens: what counts, padding, teachers of other libraries, what is refused."""
 
 from dataclasses import replace
 

@@ -103,7 +103,7 @@ class Layout:
             return None
         longest = int(self.lengths[modality].max(initial=0))
         return self._once(
-            ("is_key", modality), lambda: self._to_device(np.arange(longest)[None, :] < self.keys[modality][:, None])
+            ("is_key", modality), lambda: self.on_device(np.arange(longest)[None, :] < self.keys[modality][:, None])
         )
 
     def split(self, x_TX: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -118,20 +118,20 @@ class Layout:
 
         def build() -> torch.Tensor:
             lengths = self.lengths[modality]
-            return self._to_device(np.cumsum(lengths) - lengths)
+            return self.on_device(np.cumsum(lengths) - lengths)
 
         return self._once(("first_rows", modality), build)
 
     def lengths_on_device(self, modality: str) -> torch.Tensor:
         """Return int64 [S]: tokens of each sequence, on the device."""
-        return self._once(("lengths", modality), lambda: self._to_device(self.lengths[modality]))
+        return self._once(("lengths", modality), lambda: self.on_device(self.lengths[modality]))
 
     def sequence_of_row(self, modality: str | None = None) -> torch.Tensor:
         """Return int64 [rows]: the sequence each row belongs to, of one modality or (None) of all."""
 
         def build() -> torch.Tensor:
             lengths = np.asarray(self.all_lengths) if modality is None else self.lengths[modality]
-            return self._to_device(np.repeat(np.arange(len(lengths)), lengths))
+            return self.on_device(np.repeat(np.arange(len(lengths)), lengths))
 
         return self._once(("sequence_of_row", modality), build)
 
@@ -141,7 +141,7 @@ class Layout:
         def build() -> torch.Tensor:
             lengths = self.lengths[modality]
             starts = np.cumsum(lengths) - lengths
-            return self._to_device(np.arange(int(lengths.sum())) - np.repeat(starts, lengths))
+            return self.on_device(np.arange(int(lengths.sum())) - np.repeat(starts, lengths))
 
         return self._once(("position_of_row", modality), build)
 
@@ -160,7 +160,7 @@ class Layout:
             column = np.arange(longest)
             is_token = column[None, :] < lengths[:, None]
             row_of_slot = np.where(is_token, starts[:, None] + column[None, :], 0)
-            return Padding(*(self._to_device(a) for a in (row_of_slot, is_token, np.flatnonzero(is_token))))
+            return Padding(*(self.on_device(a) for a in (row_of_slot, is_token, np.flatnonzero(is_token))))
 
         return self._once(("padding", modality), build)
 
@@ -186,7 +186,8 @@ class Layout:
             self._cache[key] = build()
         return self._cache[key]
 
-    def _to_device(self, array: np.ndarray) -> torch.Tensor:
+    def on_device(self, array: np.ndarray) -> torch.Tensor:
+        """Copy a host array to the device without waiting for it."""
         tensor = torch.from_numpy(np.ascontiguousarray(array))
         if self.device.type == "cuda":
             return tensor.pin_memory().to(self.device, non_blocking=True)

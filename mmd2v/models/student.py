@@ -114,12 +114,12 @@ class Student(nn.Module):
         batch: Batch,
         modalities: tuple[str, ...] | None = None,
         *,
-        encoded: Mapping[str, torch.Tensor] | None = None,
+        encoded: Mapping[str, Encoded] | None = None,
         wanted: Wanted = _NOTHING_MORE,
     ) -> StudentOutput:
         """Encode the batch; ``modalities`` restricts it to some of them.
 
-        ``encoded`` are rows [rows, D] of modalities whose frozen encoder has run already; ``wanted`` says what to keep
+        ``encoded`` is the output of the modalities whose frozen encoder has run already; ``wanted`` says what to keep
         besides the last layer's output.
         """
         names = modalities or tuple(self.encoders)
@@ -170,7 +170,7 @@ class Student(nn.Module):
         return self._encode(batch, name)
 
     def _encode_inputs(
-        self, batch: Batch, names: tuple[str, ...], given: Mapping[str, torch.Tensor]
+        self, batch: Batch, names: tuple[str, ...], given: Mapping[str, Encoded]
     ) -> tuple[Layout, dict[str, Encoded]]:
         """Return the rows that enter the layers, from each modality's encoder or as given."""
         keys = {name: self.encoders[name].keys(batch) for name in names}
@@ -180,10 +180,10 @@ class Student(nn.Module):
             {name: real for name, real in keys.items() if real is not None},
         )
         dtype = next(self.parameters()).dtype
-        encoded = {
-            name: Encoded(given[name].to(dtype)) if name in given else self.encoders[name](batch, layout, name)
-            for name in names
-        }
+        encoded = {}
+        for name in names:
+            one = given[name] if name in given else self.encoders[name](batch, layout, name)
+            encoded[name] = one._replace(rows=one.rows.to(dtype)) if name in given else one
         return layout, encoded
 
     def _mask(

@@ -296,7 +296,7 @@ class Run:
         self.reporter.say(f"optimiser: {self.engine.description}")
         for source in sources.values():
             self.reporter.say(source.said)
-        for doubt in self.parts.doubts():
+        for doubt in self.parts.doubts(self.config):
             self.reporter.say(f"warning: {doubt}")
         if start is not None:
             self.reporter.say(f"continuing from {start} at step {self.step}")

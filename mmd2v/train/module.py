@@ -33,7 +33,6 @@ class TrainModule(nn.Module):
         """Return every loss term by name and their weighted sum under ``loss``, all scalars on the device."""
         with torch.autocast(batch.images.device.type, dtype=torch.bfloat16, enabled=self.autocast):
             # A teacher that ran the student's own frozen encoder has what enters the layers.
-            encoded = {
-                name: targets[teacher].encoded for name, teacher in self.encoded_by.items() if teacher in targets
-            }
+            sources = {name: targets.get(teacher) for name, teacher in self.encoded_by.items()}
+            encoded = {name: one.encoded for name, one in sources.items() if one and one.encoded is not None}
             return self.objectives(self.student(batch, encoded=encoded, wanted=self.wanted), targets, batch)

@@ -10,6 +10,7 @@ from mmd2v.data.stored_outputs import StoredOutputs
 from mmd2v.data.tokenizers import Tokenizer, load_tokenizer
 from mmd2v.distributed.environment import World
 from mmd2v.errors import UserError
+from mmd2v.models.checkpoints.student import FAIRSEQ_FIRST_POSITION
 from mmd2v.models.student import Student, build_student
 from mmd2v.models.teachers import Teacher, build_teachers
 from mmd2v.objectives import build_objectives
@@ -43,8 +44,11 @@ class Parts:
         live = [teacher for name, teacher in self.teachers.items() if name not in replayed]
         return "image" in self.student.inputs.values() or any(teacher.modality == "image" for teacher in live)
 
-    def doubts(self) -> list[str]:
-        """What is allowed and most likely a mistake: ids of another vocabulary run without error and ruin the model."""
+    def doubts(self, config: Config) -> list[str]:
+        """What is allowed and most likely a mistake, and would ruin the model without an error."""
+        return [*self._doubtful_ids(), *_doubtful_positions(config)]
+
+    def _doubtful_ids(self) -> list[str]:
         if self.tokenizer is None:
             return []
         tables = {f"model.encoders.{name}": encoder for name, encoder in self.student.encoders.items()}
@@ -83,6 +87,20 @@ def build_parts(config: Config, world: World, sources: Mapping[str, Source] | No
     return Parts(tokenizer, teachers, TrainModule(student, objectives, autocast, encoded_by), outputs)
 
 
+def _doubtful_positions(config: Config) -> list[str]:
+    """Positions that a text model was not trained with."""
+    found = []
+    for name, encoder in config.model.encoders.items():
+        source = config.model.sources.get(str(getattr(encoder, "weights", "")), getattr(encoder, "weights", None))
+        first = getattr(encoder, "first_position", None)
+        if str(source).startswith("data2vec2-text:") and first != FAIRSEQ_FIRST_POSITION:
+            found.append(
+                f"model.encoders.{name}.first_position is {first}, data2vec 2.0 counts positions from "
+                f"{FAIRSEQ_FIRST_POSITION}"
+            )
+    return found
+
+
 def _share_encoders(config: Config, student: Student, teachers: Mapping[str, Teacher]) -> dict[str, str]:
     """Let teachers run a copy of the student's frozen encoder; return modality → teacher."""
     encoded_by: dict[str, str] = {}
@@ -92,8 +110,19 @@ def _share_encoders(config: Config, student: Student, teachers: Mapping[str, Tea
             continue
         if modality in encoded_by:
             raise UserError(f"{where}: '{modality}' is shared with the teacher '{encoded_by[modality]}' already")
-        if any(parameter.requires_grad for parameter in student.encoders[modality].parameters()):
-            raise UserError(f"{where}: model.encoders.{modality} is trained; set its frozen: true")
+        encoder = config.model.encoders[modality]
+        trained = [name for name, p in student.encoders[modality].named_parameters() if p.requires_grad]
+        if trained:
+            raise UserError(
+                f"{where}: model.encoders.{modality} is trained ({', '.join(trained[:3])}); set its frozen: true, and "
+                f'model.freeze: ["encoders.{modality}.*"] for what is added to a backbone'
+            )
+        for noise in ("dropout", "token_drop"):
+            if getattr(encoder, noise):
+                raise UserError(
+                    f"{where}: model.encoders.{modality}.{noise} is {getattr(encoder, noise)}, but the teacher sees "
+                    "what the student sees; set it to 0"
+                )
         teachers[name].share_encoder(student.encoders[modality], where)
         encoded_by[modality] = name
     return encoded_by

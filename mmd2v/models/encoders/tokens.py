@@ -73,6 +73,6 @@ def _real_rows(layout: Layout, modality: str) -> torch.Tensor:
     def build() -> torch.Tensor:
         longest = int(layout.lengths[modality].max(initial=0))
         is_key = np.arange(longest)[None, :] < layout.keys[modality][:, None]
-        return torch.from_numpy(np.flatnonzero(is_key)).to(layout.device)
+        return layout.on_device(np.flatnonzero(is_key))
 
     return layout.once(("real_rows", modality), build)

@@ -14,6 +14,7 @@ from torch import nn
 from mmd2v.config.schema import TeacherConfig
 from mmd2v.data.batch import Batch
 from mmd2v.errors import UserError
+from mmd2v.models.encoders.base import Encoded
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -34,8 +35,8 @@ class Targets:
     """bool, False for padding; None: every token is real."""
     cls_attention_BT: torch.Tensor | None = None
     """fp32: how much the CLS attends to each token in the last layer; where `Needs.cls_attention`."""
-    encoded: torch.Tensor | None = None
-    """[rows, D] that entered the layers, of a teacher that runs the student's own encoder."""
+    encoded: Encoded | None = None
+    """What entered the layers, of a teacher that runs the student's own encoder."""
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,9 @@ from torch import nn
 from mmd2v.config.schema import TeacherConfig
 from mmd2v.data.batch import Batch
 from mmd2v.errors import UserError
+from mmd2v.models.encoders import Encoded
 from mmd2v.models.images import resize
-from mmd2v.models.student import Student, Wanted
+from mmd2v.models.student import Student, StudentOutput, Wanted
 from mmd2v.models.teachers.base import Targets, Teacher
 
 
@@ -46,7 +47,15 @@ class StudentTeacher(Teacher):
                 f"'{self.config.name}' ({', '.join(differ[:3]) or 'other parts'}); start it from the same source and "
                 "freeze it"
             )
-        self.model.encoders[self.name] = copy.deepcopy(encoder).to(dtype=self.dtype).requires_grad_(False).eval()
+        # The student's is on the host until the engine takes it.
+        device = next(self.model.parameters()).device
+        shared_copy = copy.deepcopy(encoder).to(device=device, dtype=self.dtype)
+        self.model.encoders[self.name] = shared_copy.requires_grad_(False).eval()
+
+    def _encoded(self, output: StudentOutput) -> Encoded | None:
+        if self.config.shared_encoder is None:
+            return None
+        return Encoded(output.encoded[self.name], output.features.get(self.name))
 
     def encode(self, batch: Batch) -> Targets:
         """Return CLS, tokens and what is needed besides."""
@@ -66,10 +75,10 @@ class StudentTeacher(Teacher):
             [layout.rectangle(rows, self.name) for rows in output.results.get(self.name, [])],
             layout.is_token(self.name),
             output.cls_attention.get(self.name),
-            output.encoded[self.name] if self.config.shared_encoder is not None else None,
+            self._encoded(output),
         )
 
 
 def _begins_with(own: torch.Tensor, value: torch.Tensor) -> bool:
     """Tell whether ``value``, in the teacher's dtype, is ``own``; of a position table it may be the first rows."""
-    return torch.equal(own if own.ndim == 0 else own[: len(value)], value.to(own.dtype))
+    return torch.equal(own if own.ndim == 0 else own[: len(value)], value.to(own))

@@ -6,12 +6,16 @@ run was on), ``tokenizer/``, ``encoders/NAME/config.json`` for each Hugging Face
 
 from __future__ import annotations
 
+import os
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from safetensors.torch import save_file
 
 from mmd2v.config.load import dump_config, load_config
 from mmd2v.config.schema import Config, EncoderConfig, InitConfig, LayerConfig, SourceConfig, TrainSetConfig
+from mmd2v.data.addresses import display
 from mmd2v.data.tokenizers import Tokenizer, load_tokenizer
 from mmd2v.errors import UserError, nearest
 from mmd2v.files import atomic_path, write_text
@@ -105,6 +109,7 @@ def _portable_config(config: Config, tokenizer: Tokenizer | None, folder: Path) 
             "train": _portable_train(config.data.train),
             "source": SourceConfig(),  # storage options may hold keys
             "trace": None,
+            "lengths_dir": None,
             "eval": config.data.eval
             and config.data.eval.model_copy(update={"shards": _data_name(config.data.eval.shards)}),
         }
@@ -117,12 +122,17 @@ def _portable_config(config: Config, tokenizer: Tokenizer | None, folder: Path) 
     encoders = {name: _portable_encoder(name, encoder, folder) for name, encoder in config.model.encoders.items()}
     layers = [layer.model_copy(update={"init": _portable_init(layer)}) for layer in config.model.layers]
     teachers = {
-        name: teacher.model_copy(update={"name": _public_name(teacher.name), "outputs": None})
+        name: teacher.model_copy(
+            update={"name": _public_name(teacher.name), "kwargs": _without_folders(teacher.kwargs), "outputs": None}
+        )
         for name, teacher in config.teachers.items()
     }
     sources = {name: _public_name(source) for name, source in config.model.sources.items()}
     model = config.model.model_copy(update={"encoders": encoders, "layers": layers, "sources": sources, "init": None})
-    return config.model_copy(update={"run_dir": config.name, "data": data, "model": model, "teachers": teachers})
+    # DeepSpeed's options may name where a node offloads to.
+    engine = config.engine.model_copy(update={"deepspeed": _without_folders(config.engine.deepspeed)})
+    update = {"run_dir": config.name, "data": data, "model": model, "teachers": teachers, "engine": engine}
+    return config.model_copy(update=update)
 
 
 def _portable_init(layer: LayerConfig) -> dict[str, InitConfig | list[InitConfig]]:
@@ -155,21 +165,48 @@ def _portable_encoder(name: str, encoder: EncoderConfig, folder: Path) -> Encode
         except (OSError, ValueError) as error:
             raise UserError(f"model.encoders.{name}.name: '{encoder.name}' has no usable config: {error}") from error
         return encoder.model_copy(update={"name": relative.as_posix(), "init": None})
-    update = {"init": None} | ({"weights": None} if hasattr(encoder, "weights") else {})
+    update: dict[str, Any] = {"init": None}
+    if hasattr(encoder, "weights"):
+        update["weights"] = None
+    if hasattr(encoder, "kwargs"):
+        update["kwargs"] = _without_folders(encoder.kwargs)
     return encoder.model_copy(update=update)
 
 
 def _data_name(shards: str | list[str]) -> str | list[str]:
-    """Keep of each path what names the data: its last two parts."""
+    """Keep of each path or address what names the data: its last two parts."""
     if isinstance(shards, list):
-        return [str(_data_name(item)) for item in shards]
-    return "/".join(part for part in Path(shards).parts[-2:] if part != "/")
+        return [_last_parts(display(item)) for item in shards]
+    return _last_parts(display(shards))
 
 
 def _public_name(name: str) -> str:
-    """Keep of ``timm:NAME@PATH`` or ``hf:PATH`` what names the model: a hub name whole, of a path its last part."""
+    """Keep of ``KIND:FOLDER`` what names the model: the folder's last two parts, and so all of ``hf:ORG/NAME``.
+
+    Of ``timm:NAME@WEIGHTS``, whose name tells the model, the file alone is kept. A name in model.sources stays.
+    """
     kind, colon, rest = name.partition(":")
-    model, at, weights = rest.partition("@")
-    if Path(model).exists() or Path(model).is_absolute():
-        model = Path(model).name
-    return f"{kind}{colon}{model}{at}{Path(weights).name}"
+    if not colon:
+        return _last_parts(name)
+    if kind == "timm":
+        model, at, weights = rest.partition("@")
+        return f"timm:{_last_parts(model)}{at}{Path(weights).name}"
+    return f"{kind}:{_last_parts(rest)}"
+
+
+def _without_folders(value: Any) -> Any:
+    """Options of a library, their paths cut to the last two parts; public addresses stay."""
+    if isinstance(value, Mapping):
+        return {key: _without_folders(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_folders(item) for item in value]
+    if not isinstance(value, str):
+        return value
+    return display(value) if value.startswith(("https://", "http://")) else _last_parts(value)
+
+
+def _last_parts(path: str) -> str:
+    """Return the last two parts of a path that are names: no root, no ``..``, no home folder (``~``)."""
+    parts = Path(os.path.normpath(path)).parts
+    names = [part for i, part in enumerate(parts) if part != ".." and (i > 0 or not part.startswith(("/", "~")))]
+    return "/".join(names[-2:])

@@ -11,6 +11,8 @@ from safetensors.torch import load_file, save_file
 from small import random_batch
 
 import mmd2v
+from mmd2v.config.load import load_config
+from mmd2v.config.schema import Config, LayerConfig
 from mmd2v.errors import UserError
 from mmd2v.export import export, write_export
 from mmd2v.report.model_card import Training
@@ -42,7 +44,7 @@ def test_load_gives_the_embeddings_of_the_model_without_its_sources(tmp_path, ki
         changes["model__encoders"] = {"image": timm_encoder(sources), "text": hf_encoder(sources)}
         init = {"text": {"source": f"hf:{sources / 'bert'}"}}
         # The width of the blocks is the source's.
-        layer = {"kind": "separate", "norm": "post", "heads": 2, "mlp_ratio": 32 / 24, "init": init}
+        layer = {"kind": "separate", "norm": "post", "eps": 1e-12, "heads": 2, "mlp_ratio": 32 / 24, "init": init}
         changes |= {"model__width": 24, "model__layers": [layer, {"kind": "shared"}]}
     config, tokenizer, student = build(sources, **changes)
     write_export(sources / "export", student, config, tokenizer)
@@ -83,6 +85,65 @@ def test_machine_paths_of_data_and_teachers_stay_at_home(tmp_path):
     assert f"| total | {sum(p.numel() for p in student.parameters()):,} |" in card
     assert "licences" in card and "mmd2v.load(" in card
     mmd2v.load(tmp_path / "export")
+
+
+def test_no_string_of_an_export_names_the_machine(tmp_path, monkeypatch):
+    """Every key of a config that may hold a path, absolute, from the home folder and relative."""
+    home, here = str(tmp_path / "home" / "me"), str(tmp_path / "runs" / "image_tower" / "export")
+    encoder = timm_encoder(tmp_path)
+    encoder["kwargs"] = {"pretrained_cfg_overlay": {"file": str(tmp_path / "w" / "resnet.safetensors")}}
+    inits = {"image": {"source": f"mmd2v:{here}"}, "text": {"source": "tower"}}
+    config, tokenizer, student = build(tmp_path, model__encoders={"image": encoder, "text": {"kind": "tokens"}})
+    model = config.model.model_copy(
+        update={
+            "init": f"mmd2v:{here}",
+            "sources": {"tower": "mmd2v:../runs/text@2/export", "top": "beit2:../beit2"},
+            "layers": [LayerConfig.model_validate({"kind": "separate", "init": inits})],
+        }
+    )
+    teachers = {
+        "a": {"name": f"mmd2v:{here}", "shared_encoder": "image", "outputs": home},
+        "b": {"name": "hf:~/models/minilm", "modality": "text"},
+        "c": {"name": "hf:org/name", "modality": "text"},
+        "d": {"name": "hf:./name", "modality": "text"},
+        "e": {"name": f"timm:test_resnet@{here}", "kwargs": {"checkpoint_path": "~/me/x/y.pth", "act_layer": "silu"}},
+        "f": {"name": f"data2vec2-image:{tmp_path / 'checkpoints' / 'image'}"},
+        "g": {"name": "hf:bert"},
+    }
+    options = {"zero_optimization": {"offload_param": {"device": "nvme", "nvme_path": f"{home}/swap/nvme"}}}
+    values = config.model_dump() | {"model": model.model_dump(), "teachers": teachers}
+    values["engine"]["deepspeed"] = options
+    values["data"] |= {"trace": f"{home}/trace", "source": {"cache_dir": f"{home}/cache"}, "batch_tokens": None}
+    values["data"]["train"]["shards"] = [f"{home}/coco/train", "../train", "https://host/a/b/c.tar?signature=SECRET"]
+    values["data"]["eval"] = {"shards": "~/val"}
+    changed = Config.model_validate(values)
+    changed = changed.model_copy(update={"data": changed.data.model_copy(update={"lengths_dir": f"{home}/lengths"})})
+    write_export(tmp_path / "export", student, changed, tokenizer)
+
+    texts = [(tmp_path / "export" / name).read_text() for name in ("config.yaml", "README.md")]
+    for secret in (str(tmp_path), "..", "~", "SECRET"):
+        assert not any(secret in text for text in texts), secret
+    written = load_config(tmp_path / "export" / "config.yaml")
+    assert {name: teacher.name for name, teacher in written.teachers.items()} == {
+        "a": "mmd2v:image_tower/export",
+        "b": "hf:models/minilm",
+        "c": "hf:org/name",
+        "d": "hf:name",
+        "e": "timm:test_resnet@export",
+        "f": "data2vec2-image:checkpoints/image",
+        "g": "hf:bert",
+    }
+    assert written.teachers["a"].shared_encoder == "image"
+    assert written.teachers["e"].kwargs == {"checkpoint_path": "x/y.pth", "act_layer": "silu"}
+    assert written.model.sources == {"tower": "mmd2v:text@2/export", "top": "beit2:beit2"}
+    assert [init.source for init in written.model.layers[0].init.values()] == ["mmd2v:image_tower/export", "tower"]
+    assert written.model.encoders["image"].kwargs["pretrained_cfg_overlay"] == {"file": "w/resnet.safetensors"}
+    assert written.engine.deepspeed["zero_optimization"]["offload_param"] == {
+        "device": "nvme",
+        "nvme_path": "swap/nvme",
+    }
+    assert written.data.lengths_dir is None
+    assert written.data.train.shards == ["coco/train", "train", "b/c.tar?…"] and written.data.eval.shards == "val"
 
 
 def test_weights_are_fp32_even_if_the_model_is_not(tmp_path):

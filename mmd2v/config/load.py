@@ -15,7 +15,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from mmd2v.config.scales import SCALES_KEY, scale_settings
+from mmd2v.config.scales import SCALES_KEY, check_length, scale_settings
 from mmd2v.config.schema import Config
 from mmd2v.config.secrets import without_secrets
 from mmd2v.errors import UserError, nearest
@@ -190,7 +190,11 @@ def _pairs(overrides: Sequence[str]) -> Iterable[tuple[str, str]]:
 
 
 def _assign(data: dict[str, Any], flag: str, value: Any, origin: dict[KeyPath, str], source: str) -> KeyPath:
-    """Set the dotted key ``flag`` of ``data``, as ``source`` says, and return its path."""
+    """Set the dotted key ``flag`` of ``data``, as ``source`` (a file's key, or the flag itself) says; return its path.
+
+    Raises UserError for a key that leads into a value or past a list.
+    """
+    where = flag if source == flag else f"{source}: {flag}"
     keys = flag.removeprefix("--").split(".")
     container: Any = data
     path: KeyPath = ()
@@ -199,12 +203,12 @@ def _assign(data: dict[str, Any], flag: str, value: Any, origin: dict[KeyPath, s
         if isinstance(container, list):
             if not key.isdecimal() or int(key) >= len(container):
                 have = f"0 to {len(container) - 1}" if container else "none, it is empty"
-                raise UserError(f"{flag}: '{key}' is no item of the list '{_render(path)}'; it has {have}")
+                raise UserError(f"{where}: '{key}' is no item of the list '{_render(path)}'; it has {have}")
             index: str | int = int(key)
         elif isinstance(container, dict):
             index = key
         else:
-            raise UserError(f"{flag}: '{_render(path)}' is the value {_shown(container)}, it has no key '{key}'")
+            raise UserError(f"{where}: '{_render(path)}' is the value {_shown(container)}, it has no key '{key}'")
         path = (*path, index)
         if last:
             container[index] = value
@@ -376,6 +380,8 @@ def load_config(
     *,
     settings: Mapping[str, Any] | None = None,
     variables: Mapping[str, str] | None = None,
+    scale_key: str = "--scale",
+    settings_key: str = "settings",
 ) -> Config:
     """Read a run's description.
 
@@ -383,6 +389,7 @@ def load_config(
     Dictionaries merge deeply, lists replace. ``overrides`` are ``--a.b value`` or ``--a.b=value``, values in YAML.
     ``${VAR}`` and ``${VAR:-default}`` in strings come from ``variables`` or the environment. ``scale`` names one of the
     config's `scales`; it comes after the files, then ``settings`` (dotted key → value), then the overrides.
+    ``scale_key`` and ``settings_key`` say in errors who gave these two.
 
     Raises UserError with one line a problem: file or flag, key path, what was found, what was expected.
     """
@@ -391,9 +398,10 @@ def load_config(
     origin: dict[KeyPath, str] = {}
     for source, values in chain:
         _merge(data, values, source, origin, ())
-    _apply_scale(data, origin, scale, str(path))
+    _apply_scale(data, origin, scale, str(path), scale_key)
+    check_length(settings or {}, settings_key)
     for key, value in (settings or {}).items():
-        _set_value(data, key, value, origin, "settings")
+        _set_value(data, key, value, origin, settings_key)
     raw_values: dict[KeyPath, str] = {}
     for flag, raw in _pairs(overrides):
         raw_values[_assign(data, flag, parse_yaml(raw, flag), origin, flag)] = raw
@@ -425,25 +433,27 @@ def load_config(
         raise _report(error, data, origin, default) from None
 
 
-def _apply_scale(data: dict[str, Any], origin: dict[KeyPath, str], scale: str | None, path: str) -> None:
+def _apply_scale(data: dict[str, Any], origin: dict[KeyPath, str], scale: str | None, path: str, asked_by: str) -> None:
     """Take the section `scales` out of ``data``, and apply the one that was asked for."""
     scales = data.pop(SCALES_KEY, None)
     if scale is None:
         return
+    if not scales:
+        raise UserError(f"{asked_by}: found '{scale}', but {path} has no `{SCALES_KEY}`; it is of one size")
 
     def named_in(key: str) -> str:
         first, _, rest = key.partition(".")
         where: KeyPath = (SCALES_KEY, first, *rest.split(".", 1))
         return _origin_of(origin, where, path)
 
-    for key, value, source in scale_settings(scales, scale, read_yaml_file, named_in):
+    for key, value, source in scale_settings(scales, scale, read_yaml_file, named_in, asked_by):
         _set_value(data, key, value, origin, source)
 
 
 def _set_value(data: dict[str, Any], key: str, value: Any, origin: dict[KeyPath, str], source: str) -> None:
     """Set a dotted key; the length of a run that is given one way replaces the other way."""
     for given, other in (("steps", "epochs"), ("epochs", "steps")):
-        if key == given:
+        if key == given and value is not None:
             data.pop(other, None)
     _assign(data, key, value, origin, source)
 

@@ -11,6 +11,7 @@ from mmd2v.config.load import load_config, read_yaml_file
 from mmd2v.config.pipeline import is_pipeline, load_pipeline
 from mmd2v.data.tokenizers import load_tokenizer
 from mmd2v.distributed import environment
+from mmd2v.errors import UserError
 from mmd2v.export import write_export
 from mmd2v.models.student import build_student
 from mmd2v.train.dry_run import dry_run, parameter_counts
@@ -66,18 +67,29 @@ def test_validates(path, variables):
     assert config.name
 
 
+def scales_of(path: Path) -> set[str]:
+    """Names of the scales a config and its bases have; `scales: null` takes those of the bases away."""
+    values = read_yaml_file(path, "here")
+    own = values.get("scales", {})
+    if own is None:
+        return set()
+    return {*own, *(scales_of(path.parent / values["base"]) if "base" in values else ())}
+
+
 @pytest.mark.parametrize("path", SINGLE, ids=named)
 def test_validates_at_its_scales(path, variables):
-    chain, at = {}, path
-    while at is not None:
-        values = read_yaml_file(at, "here")
-        chain |= values.get("scales", {})
-        at = at.parent / values["base"] if "base" in values else None
-    if not chain:
+    scales = scales_of(path)
+    if not scales:
         pytest.skip("a config of one size")
-    for scale in chain:
+    for scale in scales:
         config = load_config(path, scale=scale)
         assert config.model.width == 384
+
+
+@pytest.mark.parametrize("path", [path for path in SINGLE if path.parent.name == "pretrain"], ids=named)
+def test_pretraining_is_of_one_size(path, variables):
+    with pytest.raises(UserError, match=f"--scale: found 'mini', but .*{path.name} has no `scales`"):
+        load_config(path, scale="mini")
 
 
 @pytest.mark.parametrize("path", PIPELINES, ids=named)

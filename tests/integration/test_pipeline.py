@@ -130,8 +130,75 @@ def test_dry_run_names_what_is_missing(pipeline, capsys):
 
 
 def test_unknown_scale_is_named(pipeline):
-    with pytest.raises(UserError, match="--scale: unknown name 'mini'"):
-        load_config(pipeline.parent / "teacher.yaml", scale="mini")
+    teacher = pipeline.parent / "teacher.yaml"
+    with pytest.raises(UserError, match=r"--scale: found 'mini', but .*teacher\.yaml has no `scales`"):
+        load_config(teacher, scale="mini")
+    with pytest.raises(UserError, match=r"--scale: found 'mini', but"):
+        load_pipeline(pipeline, scale="mini")[0].load({})
+    teacher.write_text(teacher.read_text() + "scales: {small: {}}\n")
+    pipeline.write_text(pipeline.read_text().replace("teacher.yaml", "teacher.yaml, scale: smal"))
+    with pytest.raises(UserError, match=r"pipeline\.yaml: stages\.teacher\.scale: unknown name 'smal'.*'small'"):
+        load_pipeline(pipeline)[0].load({})
+
+
+@pytest.mark.parametrize(
+    ("setting", "expected"),
+    [
+        ("{name: [x]}", r"pipeline\.yaml: stages\.teacher\.set: name: found \['x'\]"),
+        ("{model.layers.9.count: 2}", r"pipeline\.yaml: stages\.teacher\.set: model\.layers\.9\.count: '9' is no item"),
+        ("{steps: 3, epochs: 2}", r"pipeline\.yaml: stages\.teacher\.set: found steps: 3 and epochs: 2"),
+    ],
+)
+def test_error_in_a_stage_names_it(pipeline, setting, expected):
+    pipeline.write_text(pipeline.read_text().replace("teacher.yaml", f"teacher.yaml, set: {setting}"))
+    with pytest.raises(UserError, match=expected):
+        load_pipeline(pipeline)[0].load({})
+
+
+def test_a_folder_is_taken_as_it_stands(pipeline):
+    folder = pipeline.parent / "x #1: ${HOME}"
+    stage = load_pipeline(pipeline, ["--run_dir", str(folder)])[0]
+    assert stage.load({}).run_dir == str(stage.run_dir) == str(folder / "teacher")
+
+
+def test_a_stage_has_no_folder_elsewhere(pipeline):
+    with pytest.raises(UserError, match="a stage's folder lies in the pipeline's"):
+        load_pipeline(pipeline, ["--half.run_dir", "x"])
+    pipeline.write_text(pipeline.read_text().replace("half.yaml", "half.yaml, set: {run_dir: x}"))
+    with pytest.raises(UserError, match=r"stages\.half\.set: found run_dir; .*runs/half"):
+        load_pipeline(pipeline)
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("größe", r"stages: found the name 'größe'; expected letters from a to z"),
+        ("1st", "found the name '1st'"),
+        ("Half", r"'half' and 'Half' would both be \$\{STAGE_HALF\}"),
+    ],
+)
+def test_every_stage_has_a_variable_of_its_own(pipeline, name, expected):
+    pipeline.write_text(pipeline.read_text() + f"  {name}: {{config: both.yaml}}\n")
+    with pytest.raises(UserError, match=expected):
+        load_pipeline(pipeline)
+
+
+def test_weights_are_never_taken_for_those_of_another_config(pipeline, capsys):
+    """A stage that was trained, whose export was removed and whose config was edited."""
+    stage = load_pipeline(pipeline)[0]
+    run_pipeline([stage])
+    shutil.rmtree(stage.export)
+    edited = load_pipeline(pipeline, ["--teacher.optimizer.lr=1e-4"])[0]
+    with pytest.raises(UserError, match=r"stage teacher: .*runs/teacher was made with another config"):
+        run_pipeline([edited])
+    assert not stage.export.exists()
+    # Without any weights there is nothing to mistake.
+    shutil.rmtree(stage.run_dir / "checkpoints")
+    capsys.readouterr()
+    run_pipeline([edited])
+    assert load_config(stage.export / "config.yaml").optimizer.lr == 1e-4
+    run_pipeline([edited])
+    assert "finished before" in capsys.readouterr().out
 
 
 def test_scale_replaces_values_from_its_file_and_its_own(tmp_path):
@@ -177,5 +244,5 @@ def test_fine_tuning_starts_from_everything_of_an_export(data, tmp_path):
     kept = load_file(tmp_path / "export" / "model.safetensors")
     assert all(torch.equal(kept[name], value) for name, value in build_student(config, tokenizer).state_dict().items())
     wider = run_config(tmp_path / "wider.yaml", data, model__init=f"mmd2v:{tmp_path / 'export'}", model__width=64)
-    with pytest.raises(UserError, match=r"model\.init: .* has \(32.*, the student needs \(64"):
+    with pytest.raises(UserError, match=r"model\.init: (?s:.*)32.*64"):
         build_student(wider, tokenizer)

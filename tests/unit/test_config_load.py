@@ -237,6 +237,64 @@ def test_null_takes_an_inherited_mapping_away(tmp_path):
     assert list(load_config(row).data.train.sets) == ["b", "c"]
 
 
+def test_null_takes_inherited_scales_away(tmp_path):
+    (tmp_path / "base.yaml").write_text(MINIMAL_MIXTURE + "scales: {small: {set: {model.width: 8}}}\n")
+    row = tmp_path / "row.yaml"
+    row.write_text("base: base.yaml\n")
+    assert load_config(row, scale="small").model.width == 8
+    row.write_text("base: base.yaml\nscales: null\n")
+    assert load_config(row).model.width == 16
+    with pytest.raises(UserError, match=r"--scale: found 'small', but .*row\.yaml has no `scales`"):
+        load_config(row, scale="small")
+    row.write_text("base: base.yaml\nscales: {large: {set: {model.width: 32}}}\n")
+    with pytest.raises(UserError, match=r"--scale: unknown name 'smal'\. Did you mean 'small'"):
+        load_config(row, scale="smal")
+
+
+SCALES = {
+    "length twice in its file": (
+        "{small: {file: sizes.yaml}}", "epochs: 2\nsteps: 5",
+        r"sizes\.yaml: found steps: 5 and epochs: 2; expected one of the two",
+    ),
+    "length twice in its keys": (
+        "{small: {set: {steps: 5, epochs: 2}}}", "seed: 1",
+        r"run\.yaml: scales\.small\.set: found steps: 5 and epochs: 2",
+    ),
+    "no such item in its file": (
+        "{small: {file: sizes.yaml}}", "model.layers.9.count: 2",
+        r"sizes\.yaml: model\.layers\.9\.count: '9' is no item of the list",
+    ),
+    "no such item in its keys": (
+        "{small: {set: {model.layers.9.count: 2}}}", "seed: 1",
+        r"run\.yaml: scales\.small\.set: model\.layers\.9\.count: '9' is no item of the list",
+    ),
+    "unknown key in its file": (
+        "{small: {file: sizes.yaml}}", "engine.batchsize: 2",
+        r"sizes\.yaml: engine\.batchsize: unknown key\. Did you mean 'batch_size'",
+    ),
+    "unknown key in its keys": (
+        "{small: {set: {name.x: 2}}}", "seed: 1",
+        r"run\.yaml: scales\.small\.set: name\.x: 'name' is the value 'base', it has no key 'x'",
+    ),
+    "no mapping": ("3", "seed: 1", r"run\.yaml: scales: found 3; expected a mapping"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("scales", "file", "expected"), SCALES.values(), ids=SCALES.keys())
+def test_error_in_a_scale_says_where(load, tmp_path, scales, file, expected):
+    (tmp_path / "sizes.yaml").write_text(file)
+    load(f"scales: {scales}")
+    with pytest.raises(UserError, match=expected):
+        load_config(tmp_path / "run.yaml", scale="small")
+
+
+def test_a_scale_may_change_how_its_file_says_the_length(load, tmp_path):
+    (tmp_path / "sizes.yaml").write_text("epochs: 2\nsteps: null")
+    load("scales: {small: {file: sizes.yaml}, short: {file: sizes.yaml, set: {steps: 5}}}")
+    small, short = (load_config(tmp_path / "run.yaml", scale=name) for name in ("small", "short"))
+    assert (small.steps, small.epochs, short.steps, short.epochs) == (None, 2, 5, None)
+
+
 MINIMAL_MIXTURE = """
 name: x
 run_dir: x

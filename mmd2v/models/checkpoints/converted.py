@@ -19,8 +19,6 @@ from mmd2v.models.checkpoints.beit2 import beit2_block
 
 WEIGHTS_FILE = "model.safetensors"
 CONFIG_FILE = "config.json"
-FORMAT = "mmd2v-converted"
-VERSION = 1
 
 __all__ = ["FAMILIES", "Architecture", "block", "encoder_state", "load_state", "read_architecture"]
 

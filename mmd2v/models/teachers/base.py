@@ -81,7 +81,7 @@ class Teacher(nn.Module):
             if getattr(needs, name) and not self.can_give(name):
                 raise UserError(
                     f"{where}: the teacher '{self.config.name}' gives no {name.replace('_', ' ')}; BERT-like text "
-                    "encoders, ViTs of timm (the results alone), converted checkpoints and exports do"
+                    "encoders, ViTs of timm (the results alone), data2vec 2.0 and exports do"
                 )
         self.needs = needs
 

@@ -113,7 +113,8 @@ def _training(config: Config, training: Training) -> str:
         lines.append(f"- {training.samples:,} {unit} seen, counted with repetition")
     lines += [f"- Teacher `{name}`: `{t.name}` ({t.modality})" for name, t in config.teachers.items()]
     lines += [f"- Objective: {objective.kind}, weight {objective.weight:g}" for objective in config.objectives]
-    sources = sorted({init.source for group in config.model.layers for init in group.init.values()})
+    inits = [init for group in config.model.layers for owner in group.init for init in group.inits_of(owner)]
+    sources = sorted({config.model.sources.get(init.source, init.source) for init in inits})
     lines += [f"- Layers started from `{source}`" for source in sources]
     o = config.optimizer
     lines.append(f"- Learning rate {o.lr:g} ({o.schedule}), weight decay {o.weight_decay:g}, {config.engine.precision}")

@@ -12,7 +12,7 @@ from small import random_batch
 
 import mmd2v
 from mmd2v.config.load import load_config
-from mmd2v.config.schema import Config, LayerConfig
+from mmd2v.config.schema import Config, InitConfig, LayerConfig
 from mmd2v.errors import UserError
 from mmd2v.export import export, write_export
 from mmd2v.report.model_card import Training
@@ -85,6 +85,16 @@ def test_machine_paths_of_data_and_teachers_stay_at_home(tmp_path):
     assert f"| total | {sum(p.numel() for p in student.parameters()):,} |" in card
     assert "licences" in card and "mmd2v.load(" in card
     mmd2v.load(tmp_path / "export")
+
+
+def test_card_names_every_source_of_first_weights(tmp_path):
+    config, tokenizer, student = build(tmp_path)
+    both = [InitConfig(source="image", parts="attention"), InitConfig(source="hf:org/name", parts="mlp")]
+    layers = [config.model.layers[0].model_copy(update={"init": {"text": both}}), *config.model.layers[1:]]
+    model = config.model.model_copy(update={"layers": layers, "sources": {"image": "mmd2v:towers/image/export"}})
+    write_export(tmp_path / "export", student, config.model_copy(update={"model": model}), tokenizer)
+    card = (tmp_path / "export" / "README.md").read_text()
+    assert "started from `hf:org/name`" in card and "started from `mmd2v:image/export`" in card
 
 
 def test_no_string_of_an_export_names_the_machine(tmp_path, monkeypatch):

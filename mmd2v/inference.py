@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,7 +19,7 @@ from mmd2v.config.schema import Config
 from mmd2v.data.pillow import upright_rgb
 from mmd2v.data.tokenizers import Tokenizer, load_tokenizer
 from mmd2v.data.transforms import decode_image, eval_transform
-from mmd2v.errors import UserError
+from mmd2v.errors import UserError, unknown_name
 from mmd2v.models.exported import load_export_config, load_student
 from mmd2v.models.student import Student
 
@@ -80,6 +81,23 @@ class Encoder:
             ids_S, lengths_N = self.tokenizer.encode_batch(chunk)
             ids = torch.from_numpy(ids_S).to(self.device)
             parts.append(self._run(self.student.encode_text, ids, torch.from_numpy(lengths_N)))
+        return torch.cat(parts)
+
+    def encode_array(self, name: str, values: torch.Tensor, batch_size: int = 256) -> torch.Tensor:
+        """Return [B, E] of float arrays [B, …], samples of ``data.arrays.NAME``.
+
+        Raises UserError for a name that no encoder sees or another shape.
+        """
+        arrays = self.config.array_inputs
+        if name not in arrays:
+            raise unknown_name("encode_array", name, arrays) if arrays else UserError("this encoder sees no arrays")
+        shape = list(arrays[name].shape)
+        if list(values.shape[1:]) != shape:
+            expected = ", ".join(map(str, ["B", *shape]))
+            raise UserError(f"encode_array: '{name}' has shape {list(values.shape)}, expected [{expected}]")
+        parts = [torch.zeros(0, self.width, device=self.device)]
+        for _, chunk in _chunks(values, batch_size):
+            parts.append(self._run(partial(self.student.encode_array, name), chunk.float().to(self.device)))
         return torch.cat(parts)
 
     def preprocessing(self) -> str:

@@ -6,16 +6,18 @@ tokenizer's files and the configuration of each Hugging Face encoder: all that i
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
 
 from mmd2v.config.load import load_config
 from mmd2v.config.schema import Config
+from mmd2v.config.structure import each_layer
 from mmd2v.data.tokenizers import load_tokenizer
-from mmd2v.errors import UserError
+from mmd2v.errors import UserError, nearest
+from mmd2v.models.block_sources import Block
 from mmd2v.models.layers import SHARED
 from mmd2v.models.student import Student, build_student
 from mmd2v.models.timm_backbone import load_exactly
@@ -52,34 +54,49 @@ def load_export_config(folder: str | Path, where: str) -> Config:
     return config.model_copy(update={"data": data, "model": model.model_copy(update={"encoders": encoders})})
 
 
-def exported_state(folder: str, where: str) -> dict[str, torch.Tensor]:
-    """Return all weights of an export. Raises UserError, beginning with ``where``, when it is none or is damaged."""
+def exported_state(folder: str | Path, where: str, prefix: str = "") -> dict[str, torch.Tensor]:
+    """Return the weights of an export whose names begin with ``prefix``, without it.
+
+    Raises UserError, beginning with ``where``, when it is none or is damaged.
+    """
     path = _file(folder, WEIGHTS_FILE, where)
     try:
-        return load_file(path)
+        with safe_open(path, framework="pt") as file:
+            names = [name for name in file.keys() if name.startswith(prefix)]  # noqa: SIM118 - it is no dict
+            return {name.removeprefix(prefix): file.get_tensor(name) for name in names}
     except SafetensorError as error:
         raise UserError(f"{where}: {path} is no readable safetensors file: {error}") from error
 
 
-def exported_block(folder: str, index: int, owner: str, where: str) -> dict[str, torch.Tensor]:
-    """Return layer ``index`` of an export as ``owner`` (a modality or ``shared``) sees it, in our block names.
+def exported_block(
+    folder: str, index: int, owner: str, halves: Iterable[str], where: str, *, anyone: bool = False
+) -> Block:
+    """Return ``halves`` (``attention``, ``mlp``) of layer ``index`` of an export as ``owner`` sees them.
 
-    Of a half that has a single owner its weights are taken, whoever asks: an image model's attention may become shared.
-    Raises UserError when the layer has several owners and none is the one asked for, or is not there.
+    ``owner`` is a modality, ``shared`` or ``joint``. ``anyone`` takes the weights of a half's single owner where it has
+    none of ``owner``. Raises UserError naming the owners when the layer has no weights for it, or is not there.
     """
-    found = {}
-    with safe_open(_file(folder, WEIGHTS_FILE, where), framework="pt") as file:
-        names = [name for name in file.keys() if name.startswith(f"layers.{index}.")]  # noqa: SIM118
-        for half in ("attention", "mlp"):
-            prefix = f"layers.{index}.{half}."
-            owners = sorted({name.removeprefix(prefix).split(".")[0] for name in names if name.startswith(prefix)})
-            candidates = [one for one in (owner, SHARED) if one in owners] or (owners if len(owners) == 1 else [])
-            if not candidates:
-                has = f"owners {', '.join(owners)} of its {half}" if owners else f"no {half}"
-                raise UserError(f"{where}: layer {index} of {folder} has {has}, and no weights of '{owner}'")
-            own = f"{prefix}{candidates[0]}."
-            found.update({f"{half}.{n.removeprefix(own)}": file.get_tensor(n) for n in names if n.startswith(own)})
-    return found
+    model = load_export_config(folder, where).model
+    layers = each_layer(model)
+    if index >= len(layers):
+        raise UserError(f"{where}: layer {index} of {folder}, which has {len(layers)}, counted from 0")
+    layer = layers[index]
+    state = exported_state(folder, where, f"layers.{index}.")
+    weights, eps = {}, {}
+    for half in halves:
+        owners = sorted({name.split(".")[1] for name in state if name.startswith(f"{half}.")})
+        candidates = [one for one in (owner, SHARED) if one in owners] or (
+            owners if anyone and len(owners) == 1 else []
+        )
+        if not candidates:
+            raise UserError(
+                f"{where}: layer {index} of {folder} has no {half} of '{owner}', expected one of its owners "
+                f"({', '.join(owners) or 'none'}) as `modality`.{nearest(owner, owners)}"
+            )
+        own = f"{half}.{candidates[0]}."
+        weights |= {f"{half}.{n.removeprefix(own)}": value for n, value in state.items() if n.startswith(own)}
+        eps[half] = layer.eps_of(candidates[0])
+    return Block(weights, layer.heads or model.heads, layer.norm, eps)
 
 
 def exported_encoder(folder: str, kind: str, where: str) -> dict[str, torch.Tensor]:
@@ -88,9 +105,7 @@ def exported_encoder(folder: str, kind: str, where: str) -> dict[str, torch.Tens
     names = [name for name, encoder in config.model.encoders.items() if encoder.input == kind]
     if not names:
         raise UserError(f"{where}: {folder} encodes {sorted(config.model.encoders)}, nothing of '{kind}'")
-    prefix = f"encoders.{names[0]}."
-    with safe_open(_file(folder, WEIGHTS_FILE, where), framework="pt") as file:
-        return {n.removeprefix(prefix): file.get_tensor(n) for n in file.keys() if n.startswith(prefix)}  # noqa: SIM118
+    return exported_state(folder, where, f"encoders.{names[0]}.")
 
 
 def _file(folder: str | Path, name: str, where: str) -> Path:

@@ -74,7 +74,7 @@ def bert_block(model: nn.Module, index: int, where: str) -> dict[str, torch.Tens
     fewer blocks.
     """
     blocks = getattr(getattr(model, "encoder", None), "layer", None)
-    if blocks is None or not hasattr(blocks[0], "intermediate"):
+    if blocks is None or not _is_bert_block(blocks[0]):
         raise UserError(f"{where}: {type(model).__name__} is not BERT-like; its blocks cannot be taken over")
     if index >= len(blocks):
         raise UserError(f"{where}: block {index} was asked for, the source has {len(blocks)}")
@@ -92,3 +92,10 @@ def bert_block(model: nn.Module, index: int, where: str) -> dict[str, torch.Tens
     for kind in ("weight", "bias"):
         state[f"attention.qkv.{kind}"] = torch.cat([getattr(projection, kind) for projection in projections])
     return {name: value.detach().clone() for name, value in state.items()}
+
+
+def _is_bert_block(block: nn.Module) -> bool:
+    """Whether it has BERT's attention and, as a ViT's and a pre-norm block have not, a norm after each half."""
+    attention = getattr(block, "attention", None)
+    halves = getattr(attention, "output", None), getattr(block, "output", None)
+    return hasattr(getattr(attention, "self", None), "query") and all(hasattr(half, "LayerNorm") for half in halves)

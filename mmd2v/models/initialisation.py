@@ -8,10 +8,11 @@ from collections.abc import Iterable
 import torch
 from torch import nn
 
-from mmd2v.config.schema import EncoderConfig, InitConfig, LayerConfig, ModelConfig
+from mmd2v.config.schema import EncoderConfig, LayerConfig, ModelConfig
+from mmd2v.config.structure import differences, function
 from mmd2v.errors import UserError, unknown_name
-from mmd2v.models.checkpoints.converted import FAMILIES, Architecture, block, encoder_state, read_architecture
-from mmd2v.models.hf_backbone import bert_block, load_model
+from mmd2v.models.block_sources import Block, BlockReader
+from mmd2v.models.checkpoints.converted import encoder_state, read_architecture
 from mmd2v.models.layers import Layer
 
 
@@ -39,17 +40,46 @@ def _draw(parameter: torch.Tensor, seed: int, name: str, deviation: float) -> No
 
 
 def init_from_sources(layers: nn.ModuleList, config: ModelConfig) -> None:
-    """Fill the layers whose group names a source in ``init``. Raises UserError naming the group on any mismatch."""
+    """Fill the layers whose group names a source in ``init``.
+
+    Raises UserError naming the key unless the source's shapes, heads, place of the norms and epsilon are the layer's,
+    and each of its weights has a place there.
+    """
     position = 0
     reader = BlockReader(config)
     for i, group in enumerate(config.layers):
         for owner in group.init:
-            for init in group.inits_of(owner):
-                where = f"model.layers.{i}.init.{owner}.source"
-                for k in range(group.count):
-                    block = reader.read(init, init.first + k * init.step, owner, group, where)
-                    _fill(layers[position + k], owner, block, init.parts, where)
+            for k in range(group.count):
+                _init_owner(layers[position + k], owner, k, group, reader, f"model.layers.{i}", config.heads)
         position += group.count
+
+
+def _init_owner(
+    layer: nn.Module, owner: str, k: int, group: LayerConfig, reader: BlockReader, at: str, model_heads: int
+) -> None:
+    """Fill what ``owner`` owns of a group's layer ``k``."""
+    assert isinstance(layer, Layer)
+    found: dict[float, str] = {}
+    inits = group.inits_of(owner)
+    for j, init in enumerate(inits):
+        where = f"{at}.init.{owner}.{j}.source" if len(inits) > 1 else f"{at}.init.{owner}.source"
+        halves = _halves(layer, owner, init.parts, where)
+        block = reader.read(init, init.first + k * init.step, owner, halves, where)
+        for half in halves:
+            _fill(getattr(layer, half)[owner], half, block, at, where)
+            found[block.eps[half]] = init.source
+        heads = group.heads or model_heads
+        if heads != block.heads:
+            raise UserError(f"{where}: the source has {block.heads} heads, the student's layer {heads}; set {at}.heads")
+        if group.norm != block.norm:
+            raise UserError(
+                f"{where}: the source is {block.norm}-norm, the student's layer has norm: {group.norm}; set {at}.norm"
+            )
+    # One number serves both halves: where they come from sources of two, it is either's.
+    eps = group.eps_of(owner)
+    if eps not in found:
+        sources = " and ".join(f"{value:g} ({source})" for value, source in found.items())
+        raise UserError(f"{at}.eps: found {eps:g} for '{owner}', whose blocks were trained with {sources}")
 
 
 def init_encoders(encoders: nn.ModuleDict, config: ModelConfig) -> None:
@@ -64,19 +94,26 @@ def init_encoders(encoders: nn.ModuleDict, config: ModelConfig) -> None:
             _fill_encoder(encoders[name], _encoder_state(source, encoder_config, where), source, where)
 
 
-def init_everything(student: nn.Module, source: str) -> None:
-    """Fill the whole student from ``source``, the config's ``model.init``.
+def init_everything(student: nn.Module, config: ModelConfig) -> None:
+    """Fill the whole student, but for a projection of another form, from the export that ``config.init`` names.
 
-    Raises UserError when one of its weights, but for the projection's, is not in the export.
+    Raises UserError when the export's weights are not the student's, or are meant for another architecture.
     """
     where = "model.init"
-    kind, _, path = source.partition(":")
+    kind, _, path = (config.init or "").partition(":")
     if kind != "mmd2v":
         raise unknown_name(where, kind, ["mmd2v"])
-    from mmd2v.models.exported import exported_state
+    from mmd2v.models.exported import exported_state, load_export_config
 
+    lines = differences("model", function(load_export_config(path, where).model), function(config), "export")
+    if lines:
+        raise UserError(f"{where}: {path} is of another architecture than this config:\n  " + "\n  ".join(lines))
     found = exported_state(path, where)
-    for name, value in student.state_dict().items():
+    own = student.state_dict()
+    more = [name for name in found.keys() - own.keys() if not name.startswith("projection.")]
+    if more:
+        raise UserError(f"{where}: {path} has {_some(more)}, of which the student has nothing")
+    for name, value in own.items():
         fits = name in found and found[name].shape == value.shape
         if fits:
             value.copy_(found[name])
@@ -123,62 +160,39 @@ def _encoder_state(source: str, config: EncoderConfig, where: str) -> dict[str, 
     return encoder_state(path, kind, where)
 
 
-def _fill(layer: nn.Module, owner: str, block: dict[str, torch.Tensor], parts: str, where: str) -> None:
-    """Copy a source block into the halves of ``layer`` that ``owner`` owns."""
-    assert isinstance(layer, Layer)
+def _halves(layer: Layer, owner: str, parts: str, where: str) -> list[str]:
+    """Return which of ``attention`` and ``mlp`` are chosen and ``owner``'s."""
     chosen = ("attention", "mlp") if parts == "both" else (parts,)
     halves = [half for half in chosen if owner in getattr(layer, half)]
     if not halves:
+        owners = sorted({*layer.attention, *layer.mlp})
         raise UserError(
-            f"{where}: '{owner}' owns no weights of {' and '.join(chosen)} in this layer (owners: "
-            f"{', '.join(sorted({*layer.attention, *layer.mlp}))})"
+            f"{where}: '{owner}' owns no weights of {' and '.join(chosen)} in this layer (owners: {', '.join(owners)})"
         )
-    for half in halves:
-        target = getattr(layer, half)[owner].state_dict()
-        for name, value in target.items():
-            source = block.get(f"{half}.{name}")
-            if source is None:
-                continue  # a layer scale the source does not have keeps its configured start
-            if source.shape != value.shape:
-                raise UserError(
-                    f"{where}: {half}.{name} has shape {tuple(source.shape)}, the student needs {tuple(value.shape)}"
-                )
-            value.copy_(source)
+    return halves
 
 
-class BlockReader:
-    """Reads blocks in our names, ``attention.qkv.weight`` … ``mlp.fc2.bias``; a library's model is loaded once."""
+_OPTIONAL = {"layer_scale": "layer_scale", "inner_norm": "sub_norm"}
+"""Part of a half that not every block has → the key that gives it to a layer."""
 
-    def __init__(self, config: ModelConfig) -> None:
-        self.config = config
-        self._models: dict[str, nn.Module] = {}
 
-    def read(self, init: InitConfig, index: int, owner: str, group: LayerConfig, where: str) -> dict[str, torch.Tensor]:
-        """Return block ``index`` of a source as ``owner`` takes it over."""
-        kind, _, path = self.config.sources.get(init.source, init.source).partition(":")
-        if kind == "hf":
-            if path not in self._models:
-                self._models[path] = load_model(path, pretrained=True, where=where)
-            return bert_block(self._models[path], index, where)
-        if kind == "mmd2v":
-            from mmd2v.models.exported import exported_block
-
-            return exported_block(path, index, init.modality or owner, where)
-        if kind in FAMILIES:
-            self._check(read_architecture(path, kind, where), kind, group, where)
-            return block(path, kind, index, where)
-        if not path:
+def _fill(target: nn.Module, half: str, block: Block, at: str, where: str) -> None:
+    """Copy one half of a source block into an owner's weights of that half."""
+    own = target.state_dict()
+    source = {
+        name.removeprefix(f"{half}."): value for name, value in block.weights.items() if name.startswith(f"{half}.")
+    }
+    for name in sorted(source.keys() - own.keys()):
+        key = _OPTIONAL.get(name.partition(".")[0])
+        advice = f"; set {at}.{key}" if key else ""
+        raise UserError(f"{where}: the source has {half}.{name}, for which the student's layer has no place{advice}")
+    for name, value in own.items():
+        if name not in source:
+            if name.partition(".")[0] in _OPTIONAL:
+                continue  # it keeps its configured start
+            raise UserError(f"{where}: the source has no {half}.{name}")
+        if source[name].shape != value.shape:
             raise UserError(
-                f"{where}: found '{init.source}', expected {':FOLDER, '.join(('hf', 'mmd2v', *FAMILIES))}:FOLDER a "
-                f"name in model.sources ({', '.join(sorted(self.config.sources)) or 'which is empty'})"
+                f"{where}: {half}.{name} has shape {tuple(source[name].shape)}, the student needs {tuple(value.shape)}"
             )
-        raise unknown_name(where, kind, ["hf", "mmd2v", *FAMILIES])
-
-    def _check(self, source: Architecture, kind: str, group: LayerConfig, where: str) -> None:
-        """Weights fit any number of heads and any place of the norms, and compute something else there."""
-        heads = group.heads or self.config.heads
-        if heads != source.heads:
-            raise UserError(f"{where}: the source has {source.heads} heads, the student's layer {heads}")
-        norm = "pre" if kind == "beit2" else "post"
-        if group.norm != norm:
-            raise UserError(f"{where}: the source is {norm}-norm, the student's layer has norm: {group.norm}")
+        value.copy_(source[name])

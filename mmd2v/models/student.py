@@ -392,7 +392,7 @@ def build_student(config: Config, tokenizer: Tokenizer | None, pretrained: bool 
         image_std=config.data.image.std,
         vocab_size=None if tokenizer is None else tokenizer.vocab_size,
         max_length=None if tokenizer is None else tokenizer.max_length,
-        pretrained=pretrained,
+        pretrained=pretrained and config.model.init is None,
         arrays={name: array.shape for name, array in config.data.arrays.items()},
     )
     with torch.random.fork_rng(devices=[]):
@@ -400,11 +400,12 @@ def build_student(config: Config, tokenizer: Tokenizer | None, pretrained: bool 
         student = Student(config.model, context)
         with torch.no_grad():
             _init_new_parts(student, config.seed, config.model.init_deviation)
-            if pretrained:
+            # An export brings all of it: other sources would be overwritten, and need not be there.
+            if pretrained and config.model.init is not None:
+                init_everything(student, config.model)
+            elif pretrained:
                 init_from_sources(student.layers, config.model)
                 init_encoders(student.encoders, config.model)
-                if config.model.init is not None:
-                    init_everything(student, config.model.init)
     freeze(student, config.model.freeze, "model.freeze")
     return student
 

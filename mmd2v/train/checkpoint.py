@@ -21,6 +21,7 @@ from typing import Any
 import torch
 
 from mmd2v.config.schema import Config
+from mmd2v.config.structure import differences, structure
 from mmd2v.data.stream import TrainFacts
 from mmd2v.data.token_batches import TokenOrder
 from mmd2v.distributed.collectives import barrier, gather_objects
@@ -39,8 +40,6 @@ _TEMPORARY = re.compile(r"\.step-\d{6,}(\.old)?\.tmp")
 _REPLACED = re.compile(r"\.(step-\d{6,})\.old\.tmp")
 _ABANDONED = "abandoned-"
 _FORMAT = 1
-_NOT_STRUCTURE = frozenset({"dropout", "drop_path", "token_drop", "masking", "init", "weights", "sources"})
-"""Keys of the model section that may change on the way: they make noise, or name where first weights came from."""
 
 
 @dataclass(frozen=True)
@@ -425,11 +424,11 @@ def check_same_run(path: Path, found: Manifest, expected: Manifest) -> None:
         if getattr(found, key) != getattr(expected, key)
     ]
     for key, value in (found.stream or {}).items():
-        lines += _differences(key, value, (expected.stream or {}).get(key))
+        lines += differences(key, value, (expected.stream or {}).get(key))
     # Shapes alone would let other heads, norms or poolings pass.
-    lines += _differences("model", _structure(found.model), _structure(expected.model))
+    lines += differences("model", structure(found.model), structure(expected.model))
     if found.parameters != expected.parameters:
-        lines += _differences("objectives", found.objectives, expected.objectives)
+        lines += differences("objectives", found.objectives, expected.objectives)
         lines += _parameter_differences(found.parameters, expected.parameters)
     if not lines:
         return
@@ -439,24 +438,6 @@ def check_same_run(path: Path, found: Manifest, expected: Manifest) -> None:
             f"{found.world_size}, for example: deepspeed --num_accelerators {found.world_size} --module mmd2v train …"
         )
     raise UserError(f"{path}: the checkpoint is of another run than this config:\n  " + "\n  ".join(lines))
-
-
-def _structure(section: Any) -> Any:
-    """Return the model section, or a part of it, without what may change while the model stays the same."""
-    if isinstance(section, Mapping):
-        skipped = _NOT_STRUCTURE | ({"name"} if section.get("kind") == "hf" else set())  # the folder of the encoder
-        return {key: _structure(value) for key, value in section.items() if key not in skipped}
-    return [_structure(item) for item in section] if isinstance(section, list) else section
-
-
-def _differences(at: str, found: Any, expected: Any) -> list[str]:
-    if isinstance(found, Mapping) and isinstance(expected, Mapping):
-        keys = [*found, *(key for key in expected if key not in found)]
-        return [d for key in keys for d in _differences(f"{at}.{key}", found.get(key), expected.get(key))]
-    if isinstance(found, list) and isinstance(expected, list) and len(found) == len(expected):
-        pairs = zip(found, expected, strict=True)
-        return [d for i, (old, new) in enumerate(pairs) for d in _differences(f"{at}.{i}", old, new)]
-    return [] if found == expected else [f"{at}: checkpoint {_short(found)}, this run {_short(expected)}"]
 
 
 def _parameter_differences(
@@ -475,8 +456,3 @@ def _parameter(value: list[Any] | None) -> str:
         return "has none"
     shape, group = value
     return f"{shape} " + ("frozen" if group is None else f"in optimiser group {group}")
-
-
-def _short(value: Any) -> str:
-    text = json.dumps(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."

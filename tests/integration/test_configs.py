@@ -138,6 +138,7 @@ def test_public_sizes_dry_run(path, public, monkeypatch, tmp_path, capsys):
     if path.stem == "finetune":
         untrained(CONFIGS / "beyond" / "contrastive.yaml", tmp_path / "pretrained")
         monkeypatch.setenv("PRETRAINED", str(tmp_path / "pretrained"))
+        monkeypatch.delenv("MMD2V_CHECKPOINTS")  # it needs none
     dry_run(load_config(path, SMALL))
     assert "loss " in capsys.readouterr().out
 

@@ -151,10 +151,17 @@ def test_a_dry_run_shows_it_and_an_export_runs_it(config, run_dir, tmp_path):
         "from mmd2v.cli.main import main\n"
         f"assert main(['train', {str(config)!r}, '--dry-run', '--run_dir', {str(tmp_path / 'none')!r}]) == 0\n"
         f"assert main(['export', {str(run_dir)!r}, '--out', {str(tmp_path / 'export')!r}]) == 0\n"
-        f"student = mmd2v.load({str(tmp_path / 'export')!r}).student\n"
-        "found = student.encode_array('mel', torch.zeros(2, 9, 4))\n"
+        f"encoder = mmd2v.load({str(tmp_path / 'export')!r})\n"
+        "found = encoder.encode_array('mel', torch.zeros(2, 9, 4), batch_size=1)\n"
         "assert found.shape == (2, 32) and torch.isfinite(found).all()\n"
+        "for name, shape in (('mal', (2, 9, 4)), ('mel', (2, 4))):\n"
+        "    try:\n"
+        "        encoder.encode_array(name, torch.zeros(shape))\n"
+        "    except mmd2v.errors.UserError as error:\n"
+        "        print(error)\n"
     )
     result = subprocess.run([sys.executable, "-c", code], env=ENVIRONMENT, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     assert "encoders.sound" in result.stdout and "cls_regression_loss/sound" in result.stdout
+    assert "encode_array: unknown name 'mal'. Did you mean 'mel'?" in result.stdout
+    assert "encode_array: 'mel' has shape [2, 4], expected [B, 9, 4]" in result.stdout

@@ -100,7 +100,8 @@ def hard_negatives(
 
     They are drawn from the softmax of similarity / ``temperature``. ``owner_N`` is the image of each text; an image of
     weight 0, and its texts, must not be drawn. Returns beside the draws fp32 [B] and [N]: 1, or 0 where there was
-    nothing to draw. Nothing here waits for the device.
+    nothing to draw. Nothing here waits for the device, and similarities that are no numbers draw something too: a rank
+    must not stop alone while the others wait for it.
     """
     similarity_BN = (image_BE.float() @ text_NE.float().t()) / temperature
     other_BN = torch.arange(len(image_BE), device=owner_N.device)[:, None] != owner_N[None, :]
@@ -117,8 +118,12 @@ def hard_negatives(
 def _draw(logits_XY: torch.Tensor, allowed_XY: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Draw a column for every row among those allowed; any column, and 0 beside it, where none is."""
     found_X1 = allowed_XY.any(dim=1, keepdim=True)
-    probability_XY = logits_XY.masked_fill(~allowed_XY & found_X1, -torch.inf).softmax(dim=1)
-    return torch.multinomial(probability_XY, 1).squeeze(1), found_X1.squeeze(1).float()
+    # The greatest of logits with Gumbel noise is a draw from their softmax; `multinomial` would ask the device whether
+    # its input is sound. Where u is 0 the noise would be -inf, as if the column were not allowed.
+    u_XY = torch.rand(logits_XY.shape, device=logits_XY.device).clamp(min=torch.finfo(torch.float32).tiny)
+    scores_XY = logits_XY.float().nan_to_num() - (-u_XY.log()).log()
+    column_X = scores_XY.masked_fill(~allowed_XY & found_X1, -torch.inf).argmax(dim=1)
+    return column_X, found_X1.squeeze(1).float()
 
 
 def _only(student: Student, kind: str, where: str) -> str:

@@ -46,8 +46,11 @@ def results(tmp_path_factory) -> list[list[dict[str, float]]]:
 def test_every_zero_stage_takes_the_same_steps(results, stage):
     first, found = results[0], results[STAGES.index(stage)]
     assert len(found) == STEPS
-    for one, other in zip(first, found, strict=True):
+    for one, other in zip(first, map(dict, found), strict=True):
         assert {"loss/contrastive_loss", "loss/matching_loss", "matching_accuracy", "gradient_norm"} <= set(other)
         assert 0 <= other["matching_accuracy"] <= 1
-        assert other == pytest.approx(one, abs=1e-4)
+        # AdamW moves a weight whose gradient is rounding alone by a whole step, which later norms show first.
+        assert other.pop("gradient_norm") == pytest.approx(one["gradient_norm"], rel=1e-3)
+        # Another draw on either rank would change the loss of the pairs.
+        assert other == pytest.approx({name: one[name] for name in other}, abs=1e-5)
     assert found[0]["loss/matching_loss"] != found[1]["loss/matching_loss"]

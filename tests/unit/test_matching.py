@@ -176,6 +176,29 @@ def test_damaged_samples_are_not_drawn():
     assert not any(x.any() for x in hard_negatives(unit(2), unit(2), torch.arange(2), torch.zeros(2), 0.07)[2:])
 
 
+def test_the_draw_follows_torchs_seed_and_takes_what_is_no_number():
+    owner = torch.arange(4)
+    draws = []
+    for seed in (0, 0, 1):
+        torch.manual_seed(seed)
+        draws.append(torch.stack([hard_negatives(unit(4), unit(4, seed=1), owner, None, 1.0)[0] for _ in range(9)]))
+    assert torch.equal(draws[0], draws[1]) and not torch.equal(draws[0], draws[2])
+    for value in (torch.nan, torch.inf, -torch.inf):
+        image, text = unit(4), unit(4, seed=1)
+        image[1], text[2] = value, value
+        for _ in range(20):
+            text_B, image_N, found_B, found_N = hard_negatives(image, text, owner, None, 0.07)
+            assert (text_B != owner).all() and (image_N != owner).all() and found_B.all() and found_N.all()
+
+
+def test_the_draw_asks_the_device_for_nothing():
+    """Tensors without data refuse whatever the host would wait for."""
+    similar = torch.empty(3, 6, device="meta"), torch.empty(8, 6, device="meta")
+    owner, weights = torch.empty(8, dtype=torch.int64, device="meta"), torch.empty(3, device="meta")
+    found = hard_negatives(*similar, owner, weights, 0.07)
+    assert [tuple(x.shape) for x in found] == [(3,), (8,), (3,), (8,)]
+
+
 # ---------------------------------------------------------------------------------------- objective
 
 

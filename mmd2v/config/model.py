@@ -38,6 +38,12 @@ class EncoderConfig(Section):
     )
 
 
+def _check_one_source(init: str | None, weights: str | None) -> None:
+    """Either replaces what the other has set."""
+    if init is not None and weights is not None:
+        raise ValueError(f"init: found '{init}' beside weights '{weights}'; expected one of the two")
+
+
 class PatchEncoderConfig(EncoderConfig):
     """Image → non-overlapping patches through one strided convolution (ViT)."""
 
@@ -47,6 +53,11 @@ class PatchEncoderConfig(EncoderConfig):
     weights: str | None = Field(
         None, description="`data2vec2-image:FOLDER` or `mmd2v:EXPORT` whose patch encoder it starts from; none: random"
     )
+
+    @model_validator(mode="after")
+    def _one_source(self) -> PatchEncoderConfig:
+        _check_one_source(self.init, self.weights)
+        return self
 
 
 class TimmEncoderConfig(EncoderConfig):
@@ -84,6 +95,11 @@ class TokenEncoderConfig(EncoderConfig):
         description="rows of padding up to the batch's longest text or to data.tokenizer.max_length, which attention "
         "does not see: only to reproduce losses and means that count padding",
     )
+
+    @model_validator(mode="after")
+    def _one_source(self) -> TokenEncoderConfig:
+        _check_one_source(self.init, self.weights)
+        return self
 
 
 class HFTextEncoderConfig(EncoderConfig):

@@ -57,8 +57,9 @@ class TeacherConfig(Section):
             if self.ema is not None:
                 raise ValueError(f"ema: given for '{self.name}', expected a name `ema:MODALITY` beside it")
             return self
-        for key in ("outputs", "shared_encoder", "image_size", "mean", "std"):
-            if getattr(self, key) is not None:
+        # Values and not what was written: a run's own config.yaml spells out the defaults.
+        for key in ("outputs", "shared_encoder", "image_size", "mean", "std", "kwargs", "pooling"):
+            if getattr(self, key) != type(self).model_fields[key].get_default(call_default_factory=True):
                 raise ValueError(f"{key}: given for '{self.name}', which is the student's own average; leave it out")
         return self
 
@@ -73,6 +74,11 @@ class ObjectiveConfig(Section):
     """Fields every term of the loss shares."""
 
     weight: float = Field(1.0, description="factor of this term in the sum")
+
+    @property
+    def needs_layer_results(self) -> bool:
+        """Whether its teacher must give more than CLS and tokens, which is all that stored outputs hold."""
+        return False
 
 
 class CLSRegressionConfig(ObjectiveConfig):
@@ -177,6 +183,11 @@ class LayerResultsConfig(ObjectiveConfig):
         "most", description="under `keep`: the tokens that the teacher's CLS attends to most, or least"
     )
 
+    @property
+    def needs_layer_results(self) -> bool:
+        """See `ObjectiveConfig.needs_layer_results`."""
+        return True
+
 
 class TokenRegressionConfig(ObjectiveConfig):
     """Regress the teacher's last tokens one by one: a CNN's feature map too, if the student's grid is the same."""
@@ -218,6 +229,11 @@ class Data2VecConfig(ObjectiveConfig):
         "the deviation; about 0: the model has collapsed); 0: never",
     )
     decoder: DecoderConfig = Field(default_factory=DecoderConfig, description="the convolutions that predict")
+
+    @property
+    def needs_layer_results(self) -> bool:
+        """See `ObjectiveConfig.needs_layer_results`."""
+        return True
 
 
 class MatchingConfig(ObjectiveConfig):

@@ -6,6 +6,7 @@ from typing import Any
 
 from pydantic import Field, model_validator
 
+from mmd2v.config.contradictions import check_contradictions
 from mmd2v.config.data import (
     ArrayConfig,
     DamageConfig,
@@ -184,6 +185,7 @@ class Config(Section):
             raise ValueError("data.tokenizer: missing, but model.encoders has a text modality")
         self._check_batch_unit()
         self._check_masking()
+        check_contradictions(self)
         return self
 
     def _check_masking(self) -> None:

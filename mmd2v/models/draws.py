@@ -28,7 +28,10 @@ def mixed(x: torch.Tensor) -> torch.Tensor:
 
 
 def draw(keys: torch.Tensor, counters: torch.Tensor) -> torch.Tensor:
-    """Return a hash in [0, 2³²) of each key and counter (int64, broadcast against each other)."""
+    """Return a hash in [0, 2³²) of each key and counter (int64, broadcast against each other).
+
+    Counters are taken modulo 2³²: what draws from one key for two purposes keeps their counters apart within that.
+    """
     return mixed((mixed(keys) + mixed((counters * _GOLDEN) & _BITS)) & _BITS)
 
 

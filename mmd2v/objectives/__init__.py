@@ -6,7 +6,8 @@ in ``OBJECTIVES``.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from functools import reduce
 from operator import or_
 
@@ -66,16 +67,13 @@ class Objectives(nn.Module):
 
     def forward(self, output: StudentOutput, targets: Mapping[str, Targets], batch: Batch) -> dict[str, torch.Tensor]:
         """Return every term unweighted, by name, and their weighted sum under ``loss``."""
-        losses: dict[str, torch.Tensor] = {}
+        found: list[dict[str, torch.Tensor]] = []
         total = torch.zeros((), device=batch.images.device)
         for term, weight in zip(self.terms, self.weights, strict=True):
-            found = term(output, targets, batch)
-            total = total + weight * torch.stack([v.float() for v in found.values()]).sum()
-            for name, value in found.items():
-                # Two terms of one kind (on two teachers, say) are told apart by a number.
-                same = sum(key == name or key.startswith(f"{name}_") for key in losses)
-                losses[f"{name}_{same + 1}" if same else name] = value
-        return {"loss": total, **losses}
+            losses = term(output, targets, batch)
+            total = total + weight * torch.stack([v.float() for v in losses.values()]).sum()
+            found.append(losses)
+        return {"loss": total, **numbered(found)}
 
     def rank_state(self) -> dict[str, torch.Tensor]:
         """Return what this rank alone must keep of every term, see `Objective.rank_state`."""
@@ -90,7 +88,25 @@ class Objectives(nn.Module):
 
     def metrics(self) -> dict[str, torch.Tensor]:
         """Return what a person may want to follow beside the losses, such as the temperature."""
-        return {name: value for term in self.terms for name, value in term.metrics().items()}
+        return numbered(term.metrics() for term in self.terms)
+
+
+def numbered(found: Iterable[Mapping[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """Join the scalars of the terms; a name that several of them use has a number from the second on: ``x``, ``x_2``.
+
+    A number is left out where the name it makes is another scalar's (a modality may be called ``image_2``).
+    """
+    joined: dict[str, torch.Tensor] = {}
+    used: Counter[str] = Counter()
+    for scalars in found:
+        for name, value in scalars.items():
+            used[name] += 1
+            key = name if used[name] == 1 else f"{name}_{used[name]}"
+            while key in joined:
+                used[name] += 1
+                key = f"{name}_{used[name]}"
+            joined[key] = value
+    return joined
 
 
 def build_objectives(config: Config, student: Student, teachers: Mapping[str, Teacher]) -> Objectives:

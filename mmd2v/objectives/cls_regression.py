@@ -18,6 +18,7 @@ from mmd2v.models.student import Student, StudentOutput
 from mmd2v.models.teachers import Targets, Teacher
 from mmd2v.objectives.base import Objective, weighted_mean
 from mmd2v.objectives.heads import regression_head
+from mmd2v.objectives.pairs import paired
 
 
 class CLSRegression(Objective):
@@ -53,12 +54,9 @@ class CLSRegression(Objective):
         for modality in self.modalities:
             head = self.heads["shared" if self.config.shared_head else modality]
             prediction = head(output.pooled[modality]).float()
-            kind = self.inputs[modality]
-            pairs = _align(prediction, target_BC, kind, self.teacher_modality, batch)
-            # Rows are captions as soon as one of the two sides is text.
-            is_text = "text" in (kind, self.teacher_modality)
-            weights = batch.caption_weights if is_text else batch.weights
-            loss = weighted_mean(self._distance(*pairs), weights, batch.mean_over)
+            texts = self.inputs[modality] == "text", self.teacher_modality == "text"
+            prediction_NC, target_NC, weights_N = paired(prediction, target_BC, *texts, batch)
+            loss = weighted_mean(self._distance(prediction_NC, target_NC), weights_N, batch.mean_over)
             losses[f"cls_regression_loss/{modality}"] = loss
         return losses
 
@@ -75,17 +73,3 @@ class CLSRegression(Objective):
         if self.config.loss == "smooth_l1":
             return F.smooth_l1_loss(prediction_NC, target_NC, reduction="none")
         return 1 - F.cosine_similarity(prediction_NC, target_NC)
-
-
-def _align(
-    prediction: torch.Tensor, target: torch.Tensor, kind: str, teacher_kind: str, batch: Batch
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Pair rows: a caption with its sample's target, or a sample (repeated) with each of its captions' targets.
-
-    Rows of text are captions, of which a sample may have several; of all else there is one a sample.
-    """
-    if kind == "text" and teacher_kind != "text":
-        return prediction, target[batch.caption_image]
-    if kind != "text" and teacher_kind == "text":
-        return prediction[batch.caption_image], target
-    return prediction, target

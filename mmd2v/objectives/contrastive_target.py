@@ -21,7 +21,7 @@ from mmd2v.models.teachers import Targets, Teacher
 from mmd2v.objectives.base import Objective, weighted_mean
 from mmd2v.objectives.heads import regression_head
 from mmd2v.objectives.memory_bank import UNKNOWN, MemoryBank, sample_numbers
-from mmd2v.objectives.pairs import same_number_on_ranks
+from mmd2v.objectives.pairs import paired, same_number_on_ranks
 from mmd2v.objectives.temperature import log_scales, scales
 from mmd2v_kernels import candidate_logsumexp
 
@@ -121,13 +121,9 @@ class ContrastiveTarget(Objective):
     ) -> torch.Tensor:
         head = self.heads["shared" if self.config.shared_head else modality]
         query_qC = scale * F.normalize(head(pooled_SD).float(), dim=-1)
-        key_qC, owner_q, weights_q = keys.own_RC, keys.owners_B, batch.weights
-        if self.is_text[modality] or self.teacher_is_text:  # rows are captions as soon as one of the two is text
-            owner_q, weights_q = owner_q[batch.caption_image], batch.caption_weights
-            if not self.is_text[modality]:
-                query_qC = query_qC[batch.caption_image]
-            if not self.teacher_is_text:
-                key_qC = key_qC[batch.caption_image]
+        texts = self.is_text[modality], self.teacher_is_text
+        query_qC, key_qC, weights_q = paired(query_qC, keys.own_RC, *texts, batch)
+        owner_q = keys.owners_B[batch.caption_image] if any(texts) else keys.owners_B
         positive_q = (query_qC * key_qC).sum(dim=-1)
         terms = [positive_q]
         if self.config.in_batch:

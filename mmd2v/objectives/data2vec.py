@@ -20,7 +20,7 @@ from mmd2v.data.batch import Batch
 from mmd2v.distributed.collectives import mean_over_ranks
 from mmd2v.distributed.coordination import shared_error
 from mmd2v.errors import UserError
-from mmd2v.models.draws import draw
+from mmd2v.models.draws import RANGE, draw
 from mmd2v.models.masking import Mask
 from mmd2v.models.packed import Layout
 from mmd2v.models.student import Student, StudentOutput
@@ -30,8 +30,8 @@ from mmd2v.objectives.conv_decoder import ConvDecoder
 from mmd2v_kernels import distill_target
 
 _TABLE = 1 << 16
-_NOISE = 1 << 33
-"""Counters of noise begin here: beyond those of masks."""
+_NOISE = RANGE // 4
+"""Counters of noise begin here: those of a mask count from 0 (blocks) and from RANGE // 2 (lots)."""
 
 
 class Data2Vec(Objective):
@@ -71,7 +71,7 @@ class Data2Vec(Objective):
     @property
     def needs(self) -> dict[str, Needs]:
         """See `Objective.needs`."""
-        return {self.config.teacher: Needs(layer_results=True)}
+        return {self.config.teacher: Needs(layer_results=self.config.needs_layer_results)}
 
     def forward(self, output: StudentOutput, targets: Mapping[str, Targets], batch: Batch) -> dict[str, torch.Tensor]:
         """Return ``data2vec_loss/MODALITY`` and, weighted, ``data2vec_cls_loss/MODALITY``."""
@@ -129,7 +129,13 @@ class Data2Vec(Objective):
 
     def _target(self, teacher: Targets, mask: Mask) -> tuple[torch.Tensor, torch.Tensor | None]:
         """[S, L, D] and which of them are real tokens (None: all)."""
-        results = teacher.layer_results[-(self.config.top_layers or 0) :]
+        results, top_layers = teacher.layer_results, self.config.top_layers or 0
+        if top_layers > len(results):
+            raise UserError(
+                f"{self.where}.top_layers: found {top_layers}, but '{self.config.teacher}' has {len(results)} layers; "
+                "expected at most that, or null for all of them"
+            )
+        results = results[-top_layers:]
         found, expected = tuple(results[0].shape[:2]), (len(mask.lengths) // mask.clones, mask.longest)
         if found != expected:
             raise UserError(

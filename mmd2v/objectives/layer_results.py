@@ -45,6 +45,11 @@ class LayerResults(Objective):
                 f"{where}.teacher: '{config.teacher}' has width {teacher.width}, the student {student.config.width}; "
                 "layer results are compared without a head"
             )
+        if not any(config.modality in layer.modalities for layer in student.layers):
+            raise UserError(
+                f"{where}.modality: '{config.modality}' passes no layer, expected at least one in model.layers: there "
+                "is no result to regress"
+            )
         encoder = student.config.encoders[config.modality]
         if config.count_padding and not (isinstance(encoder, TokenEncoderConfig) and encoder.padding != "none"):
             raise UserError(
@@ -60,7 +65,8 @@ class LayerResults(Objective):
     @property
     def needs(self) -> dict[str, Needs]:
         """See `Objective.needs`."""
-        return {self.config.teacher: Needs(layer_results=True, cls_attention=self.config.keep < 1)}
+        layer_results = self.config.needs_layer_results
+        return {self.config.teacher: Needs(layer_results=layer_results, cls_attention=self.config.keep < 1)}
 
     def forward(self, output: StudentOutput, targets: Mapping[str, Targets], batch: Batch) -> dict[str, torch.Tensor]:
         """Return ``layer_results_loss/MODALITY``."""

@@ -75,6 +75,21 @@ def _named(between: Sequence[str] | None, inputs: Mapping[str, str], where: str,
     return by_kind["image"][0], by_kind["text"][0]
 
 
+def paired(
+    own: torch.Tensor, target: torch.Tensor, own_is_text: bool, target_is_text: bool, batch: Batch
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """Return rows of one sample side by side [q, …], and the weight of each (None: all count), all of this rank.
+
+    A caption has its sample's target; a sample is repeated for each of its captions' targets. Rows are captions as
+    soon as one of the two sides is text.
+    """
+    if not (own_is_text or target_is_text):
+        return own, target, batch.weights
+    own = own if own_is_text else own[batch.caption_image]
+    target = target if target_is_text else target[batch.caption_image]
+    return own, target, batch.caption_weights
+
+
 def same_number_on_ranks(batch: Batch, kind: str) -> None:
     """Raise UserError where the ranks have different numbers of samples, so that rows could not be gathered."""
     if batch.mean_over is not None:

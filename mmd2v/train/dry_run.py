@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from rich import box
@@ -177,19 +177,21 @@ class MemoryEstimate:
     gradients: float
     optimizer: float
     teachers: float
+    bank: float
     activations: float
 
     @property
     def total(self) -> float:
         """Bytes of everything."""
-        return self.weights + self.gradients + self.optimizer + self.teachers + self.activations
+        return sum(getattr(self, field.name) for field in fields(self))
 
 
 def estimate_memory(config: Config, parts: Parts, batch: Batch, ranks: int) -> MemoryEstimate:
     """Estimate a rank's memory (ZeRO: Rajbhandari et al. 2020, section 3); activations to a factor of about two.
 
     Adam keeps two fp32 averages, and a fp32 copy of half-precision weights. Stage 1 divides these by the ranks,
-    stage 2 the gradients, stage 3 the weights. A layer keeps about 8 + 2 · mlp_ratio values of its width a token.
+    stage 2 the gradients, stage 3 the weights. A layer keeps about 8 + 2 · mlp_ratio values of its width a token. The
+    bank is what an objective keeps from step to step, a rank's share of it.
     """
     engine = config.engine
     half = engine.precision in ("bf16", "fp16")
@@ -205,6 +207,7 @@ def estimate_memory(config: Config, parts: Parts, batch: Batch, ranks: int) -> M
         gradients=trainable * size / share[1],
         optimizer=trainable * (12 if half else 8) / share[0],
         teachers=sum(teacher.parameter_count * teacher.dtype.itemsize for teacher in parts.teachers.values()),
+        bank=sum(tensor.nbytes for tensor in parts.module.objectives.rank_state().values()),
         activations=tokens * layer_values * config.model.width * (4 if engine.precision == "fp32" else 2),
     )
 
@@ -212,9 +215,9 @@ def estimate_memory(config: Config, parts: Parts, batch: Batch, ranks: int) -> M
 def _memory_table(estimate: MemoryEstimate) -> Table:
     table = Table("what", box=box.SIMPLE)
     table.add_column("MB", justify="right")
-    for name in ("weights", "gradients", "optimizer", "teachers", "activations"):
-        label = name + (" of the layers (rough)" if name == "activations" else "")
-        table.add_row(label, f"{getattr(estimate, name) / MB:,.1f}")
+    labels = {"bank": "memory bank", "activations": "activations of the layers (rough)"}
+    for name in (field.name for field in fields(estimate)):
+        table.add_row(labels.get(name, name), f"{getattr(estimate, name) / MB:,.1f}")
     table.add_section()
     table.add_row("all", f"{estimate.total / MB:,.1f}")
     return table

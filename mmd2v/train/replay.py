@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 
 from mmd2v.config.batch_plan import BatchPlan
-from mmd2v.config.schema import Config, LayerResultsConfig, TokenRegressionConfig
+from mmd2v.config.schema import Config, TokenRegressionConfig
 from mmd2v.data.annotation_files import ANY_EPOCH, shard_names, stored_file, stored_rows, stored_shards
 from mmd2v.data.annotation_record import RECORD_NAME, Annotation, read_record, teacher_folder
 from mmd2v.data.annotation_settings import differences, image_settings, listed, text_settings
@@ -105,8 +105,9 @@ def _usable(
         return "data.batch_tokens makes every caption a sample of its own, which stored outputs do not know"
     if own.shared_encoder is not None:
         return "it runs the student's encoder too (shared_encoder)"
-    if any(isinstance(o, LayerResultsConfig) and o.teacher == name for o in config.objectives):
-        return "the layer_results objective needs what is not stored"
+    for objective in config.objectives:
+        if objective.needs_layer_results and getattr(objective, "teacher", None) == name:
+            return f"the {objective.kind} objective needs what is not stored"
     folder = teacher_folder(own.outputs, name)
     tokenizer = load_tokenizer(config.data.tokenizer) if own.modality == "text" and config.data.tokenizer else None
     try:

@@ -5,14 +5,17 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
+from pydantic import ValidationError
 from small import StubTokenizer, random_batch, small_config
 
 from mmd2v.config.schema import DecoderConfig
 from mmd2v.errors import UserError
+from mmd2v.models.draws import RANGE, draw
 from mmd2v.models.student import build_student
 from mmd2v.models.teachers import build_teachers
 from mmd2v.objectives import build_objectives
 from mmd2v.objectives.conv_decoder import ConvDecoder
+from mmd2v.objectives.data2vec import _NOISE, _TABLE
 from mmd2v_kernels import distill_target
 
 SMALL = {"layers": 2, "groups": 4, "input_dropout": 0.0}
@@ -153,6 +156,34 @@ def test_masks_and_noise_are_the_seeds_and_the_samples():
     student, teachers, objectives = build()
     losses = [losses_of(student, teachers, objectives, batch_of(seed))["loss"] for seed in (1, 1, 2)]
     assert losses[0] == losses[1] != losses[2]
+
+
+@pytest.mark.parametrize("modality", ["image", "text"])
+def test_noise_has_a_stream_of_its_own(modality):
+    student, _, objectives = build(modality)
+    mask, (term,) = student(batch_of()).masks[modality], objectives.terms
+    place_C1, keys_C1 = torch.arange(16), mask.keys_C[:, None]
+    noise_CP = draw(keys_C1, place_C1 + _NOISE)
+    for start in (0, RANGE // 2):  # of a mask: blocks, lots
+        assert not (noise_CP == draw(keys_C1, place_C1 + start)).any()
+    # The rows are of that stream.
+    hidden = torch.arange(len(mask.keys_C)) * 16
+    rows_CD = term.noise * torch.stack([term.noise_table[i : i + 16] for i in (noise_CP[:, 0] % _TABLE).tolist()])
+    torch.testing.assert_close(term._noise(mask, hidden, 16), rows_CD)
+
+
+def test_more_layers_than_the_teacher_has():
+    with pytest.raises(ValidationError, match=r"objectives.0.top_layers: found 4, but 'image' passes 3 layers"):
+        build(term={"top_layers": 4})
+    student, teachers, objectives = build(term={"top_layers": 3})
+    batch = batch_of()
+    targets = teachers["ema"](batch)
+    # Of a teacher that is no average of the student, they are known when it has run.
+    targets = replace(targets, layer_results=targets.layer_results[:2])
+    with pytest.raises(UserError, match=r"objectives.0.top_layers: found 3, but 'ema' has 2 layers"):
+        objectives(student(batch), {"ema": targets}, batch)
+    with pytest.raises(ValidationError, match=r"objectives.0.teacher: 'ema' has no layer: 'image' passes none"):
+        build(model__layers=[])
 
 
 def test_top_layers_and_smooth_l1():

@@ -22,6 +22,15 @@ def build(modality="image", **ema):
     return student, build_teachers(config_of(modality, **ema), torch.device("cpu"), StubTokenizer(), student=student)
 
 
+@pytest.mark.parametrize(("key", "value"), [("kwargs", {"img_size": 32}), ("pooling", "mean"), ("image_size", 32)])
+def test_what_another_model_would_need_is_refused(key, value):
+    with pytest.raises(ValueError, match=f"{key}: given for 'ema:image', which is the student's own average"):
+        TeacherConfig(name="ema:image", **{key: value})
+    # What a run writes of itself has every default in it.
+    written = TeacherConfig(name="ema:image").model_dump()
+    assert TeacherConfig.model_validate(written).averaged == "image"
+
+
 def move(student):
     with torch.no_grad():
         for parameter in student.parameters():

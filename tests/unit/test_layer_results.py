@@ -49,6 +49,18 @@ def written_out(own, teacher, counts, final_norm):
     return torch.stack(losses).mean()
 
 
+def test_a_modality_without_layers_is_refused():
+    term = {"kind": "layer_results", "teacher": "t", "modality": "text"}
+    config = small_config(
+        objectives=[term],
+        teachers={"t": {"name": "timm:test_vit", "modality": "text"}},
+        model__layers=[{"kind": "separate", "modalities": ["image"]}],
+    )
+    student = build_student(config, StubTokenizer())
+    with pytest.raises(UserError, match=r"objectives.0.modality: 'text' passes no layer, expected at least one"):
+        build_objectives(config, student, {"t": StubTeacher("text")})
+
+
 @pytest.mark.parametrize("modality", ["image", "text"])
 def test_loss_is_the_definition_over_real_tokens(modality):
     student, objectives = parts(modality)

@@ -13,7 +13,8 @@ from small import StubTokenizer, random_batch, small_config
 from mmd2v.errors import UserError
 from mmd2v.models.student import build_student
 from mmd2v.models.teachers import Targets, build_teachers
-from mmd2v.objectives import build_objectives
+from mmd2v.objectives import build_objectives, numbered
+from mmd2v.objectives.pairs import paired
 from mmd2v.train.module import TrainModule
 
 
@@ -72,6 +73,40 @@ def test_weights_and_names_of_equal_terms():
     losses = objectives(student(random_batch()), {"t": Targets(torch.randn(4, 7))}, random_batch())
     first, second = losses["cls_regression_loss/text"], losses["cls_regression_loss/text_2"]
     torch.testing.assert_close(losses["loss"], 0.5 * first + 2 * second)
+
+
+def test_metrics_of_equal_terms_are_numbered_as_their_losses():
+    terms = [{"kind": "contrastive", "temperature": 0.1}, {"kind": "contrastive", "temperature": 0.05, "layers": [1]}]
+    student, objectives = build(terms)
+    found = {name: value.item() for name, value in objectives.metrics().items()}
+    expected = {"contrastive_scale": 10, "contrastive_scale_2": 20, "contrastive_scale/layer1": 20}
+    assert found == pytest.approx(expected)
+    losses = objectives(student(random_batch(), wanted=objectives.wanted), {}, random_batch())
+    assert set(losses) == {"loss"} | {name.replace("scale", "loss") for name in expected}
+
+
+@pytest.mark.parametrize(
+    ("names", "expected"),
+    [
+        (("a", "a", "a"), ["a", "a_2", "a_3"]),
+        (("a_2", "a", "a", "a"), ["a_2", "a", "a_3", "a_4"]),
+        (("a", "a", "a_2", "a_2"), ["a", "a_2", "a_2_2", "a_2_3"]),
+        (("a_b", "a"), ["a_b", "a"]),  # a longer name is another one
+    ],
+)
+def test_no_number_takes_the_place_of_another_scalar(names, expected):
+    found = numbered({name: torch.tensor(i)} for i, name in enumerate(names))
+    assert list(found) == expected and [int(value) for value in found.values()] == list(range(len(names)))
+
+
+@pytest.mark.parametrize("texts", [(False, False), (False, True), (True, False), (True, True)])
+def test_paired_rows_are_of_one_sample(texts):
+    batch = replace(random_batch(captions=3), weights=torch.tensor([1.0, 0.0, 1.0, 1.0]))
+    rows = {False: torch.arange(4), True: torch.arange(4).repeat_interleave(3)}
+    own, target, weights = paired(rows[texts[0]], rows[texts[1]], *texts, batch)
+    assert torch.equal(own, target) and len(own) == (12 if any(texts) else 4)
+    assert torch.equal(weights == 0, own == 1)
+    assert paired(rows[texts[0]], rows[texts[1]], *texts, replace(batch, weights=None))[2] is None
 
 
 def test_widths_that_differ_need_a_head():

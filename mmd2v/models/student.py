@@ -5,8 +5,8 @@ Shapes: T rows of all sequences ordered by modality, S sequences of one modality
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields, replace
+from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -14,63 +14,19 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from mmd2v.config.schema import Config, ModelConfig, ProjectionConfig
+from mmd2v.config.schema import Config, ModelConfig
 from mmd2v.data.batch import Batch
 from mmd2v.data.tokenizers import Tokenizer, check_ids
 from mmd2v.errors import UserError
 from mmd2v.models.encoders import ENCODERS, LIBRARY_PARTS, Encoded, EncoderContext
+from mmd2v.models.heads import Projection, TokenTypes
 from mmd2v.models.initialisation import init_encoders, init_everything, init_from_sources, init_random
 from mmd2v.models.layers import SHARED, Layer
 from mmd2v.models.masking import Mask, build_maskings, gather_visible
 from mmd2v.models.packed import Layout, Packed
 from mmd2v.models.parameters import freeze
-
-
-@dataclass(frozen=True)
-class Wanted:
-    """What a forward pass is to keep besides the output of the last layer."""
-
-    results: frozenset[str] = frozenset()
-    """Modalities whose layer results are kept."""
-    layers: frozenset[int] = frozenset()
-    """Layers after which every modality's CLS is kept, counted from 0."""
-    cls_attention: frozenset[str] = frozenset()
-    """Modalities whose CLS attention in the last layer is kept."""
-
-    def __or__(self, other: Wanted) -> Wanted:
-        return Wanted(*(getattr(self, f.name) | getattr(other, f.name) for f in fields(self)))
-
-
-_NOTHING_MORE = Wanted()
-
-
-@dataclass(frozen=True)
-class StudentOutput:
-    """What the objectives see, a modality each."""
-
-    pooled: dict[str, torch.Tensor] = field(default_factory=dict)
-    """[S, D], CLS or mean of the last layer after the final norm."""
-    embedding: dict[str, torch.Tensor] = field(default_factory=dict)
-    """[S, E], fp32, L2-normalised."""
-    tokens: Packed | None = None
-    """All rows after the last layer, before the final norm."""
-    features: dict[str, torch.Tensor] = field(default_factory=dict)
-    """[S, C], fp32, the pooled feature of each frozen backbone."""
-    encoded: dict[str, torch.Tensor] = field(default_factory=dict)
-    """[rows, D], what entered the layers."""
-    results: dict[str, list[torch.Tensor]] = field(default_factory=dict)
-    """[rows, D] a layer that the modality passed: its MLP's output before the residual; where `Wanted.results`."""
-    layer_cls: dict[int, dict[str, torch.Tensor]] = field(default_factory=dict)
-    """Layer → modality → [S, D], where `Wanted.layers`."""
-    cls_attention: dict[str, torch.Tensor] = field(default_factory=dict)
-    """[S, tokens], fp32, where `Wanted.cls_attention`."""
-    masks: dict[str, Mask] = field(default_factory=dict)
-    """Modality → the masks it was seen with; its sequences, everywhere else in here, are clones then."""
-    visible: dict[str, torch.Tensor] = field(default_factory=dict)
-    """[rows, D], a masked modality's rows after the final norm."""
-    pair: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None
-    """Rows of images and of texts [P] → the CLS of the text when both are one sequence, after the final norm [P, D];
-    None where `joint_from` is."""
+from mmd2v.models.passage import Rows, Trace
+from mmd2v.models.student_output import NOTHING_MORE, StudentOutput, Wanted
 
 
 class Student(nn.Module):
@@ -115,7 +71,7 @@ class Student(nn.Module):
         modalities: tuple[str, ...] | None = None,
         *,
         encoded: Mapping[str, Encoded] | None = None,
-        wanted: Wanted = _NOTHING_MORE,
+        wanted: Wanted = NOTHING_MORE,
     ) -> StudentOutput:
         """Encode the batch; ``modalities`` restricts it to some of them.
 
@@ -125,7 +81,7 @@ class Student(nn.Module):
         names = modalities or tuple(self.encoders)
         layout, entered = self._encode_inputs(batch, names, encoded or {})
         layout, entered, masks = self._mask(batch, layout, entered)
-        trace = _Trace(wanted)
+        trace = Trace(wanted)
         tokens = Packed(self._run_layers(layout, {n: one.rows for n, one in entered.items()}, trace), layout)
         pooled = {name: self._pool(tokens, name) for name in tokens.layout.modalities}
         embedding = {
@@ -201,10 +157,10 @@ class Student(nn.Module):
         return Layout(lengths, layout.device, layout.keys), entered, masks
 
     def _run_layers(
-        self, layout: Layout, entered: dict[str, torch.Tensor], trace: _Trace, first: int = 0
+        self, layout: Layout, entered: dict[str, torch.Tensor], trace: Trace, first: int = 0
     ) -> torch.Tensor:
         """Return the rows of all modalities after the last layer, [T, D]; ``first`` is the first layer they pass."""
-        rows = _Rows(dict(entered))
+        rows = Rows(dict(entered))
         last = {name: i for i, layer in enumerate(self.layers) for name in layer.modalities}
         for i, layer in enumerate(self.layers):
             if i == self.config.joint_from and not layout.joint:
@@ -248,7 +204,7 @@ class Student(nn.Module):
         )
         assert self.config.joint_from is not None
         entered = {image: image_PLD.flatten(0, 1), text: text_PLD.flatten(0, 1)}
-        x_TD = self._run_layers(pairs, entered, _Trace(_NOTHING_MORE), self.config.joint_from)
+        x_TD = self._run_layers(pairs, entered, Trace(NOTHING_MORE), self.config.joint_from)
         return self.norm(pairs.split(x_TD)[text][pairs.first_rows(text)])
 
     def _typed_layer(self) -> int:
@@ -285,98 +241,6 @@ class Student(nn.Module):
         total_SD = torch.zeros(len(lengths), rows_RD.shape[1], dtype=rows_RD.dtype, device=rows_RD.device)
         total_SD = total_SD.index_add(0, layout.sequence_of_row(modality), rows_RD)
         return total_SD / layout.lengths_on_device(modality).to(rows_RD.dtype)[:, None]
-
-
-class TokenTypes(nn.Module):
-    """A learned vector a modality (BERT's token types, which VLMo uses to tell image from text)."""
-
-    def __init__(self, names: tuple[str, ...], width: int) -> None:
-        super().__init__()
-        self.index = {name: i for i, name in enumerate(names)}
-        self.embedding = nn.Embedding(len(names), width)
-
-    def forward(self, x_TD: torch.Tensor, layout: Layout) -> torch.Tensor:
-        """Return the rows with their modality's vector added, [T, D]."""
-        parts = [x_RD + self.embedding.weight[self.index[name]] for name, x_RD in layout.split(x_TD).items()]
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
-
-
-class Projection(nn.Module):
-    """From the pooled vector to the embedding that is compared by cosine."""
-
-    def __init__(self, config: ProjectionConfig, width: int, modalities: tuple[str, ...]) -> None:
-        super().__init__()
-        self.shared = config.shared
-        owners = ("shared",) if config.shared else modalities
-        self.maps = nn.ModuleDict({owner: _projection(config, width) for owner in owners})
-
-    def forward(self, pooled_SD: torch.Tensor, modality: str) -> torch.Tensor:
-        """Return [S, E]."""
-        return self.maps["shared" if self.shared else modality](pooled_SD)
-
-
-def _projection(config: ProjectionConfig, width: int) -> nn.Module:
-    dim = config.dim or width
-    if config.kind == "none":
-        return nn.Identity() if dim == width else nn.Linear(width, dim, bias=False)
-    if config.kind == "linear":
-        return nn.Sequential(nn.Dropout(config.dropout), nn.Linear(width, dim, bias=False))
-    return nn.Sequential(
-        nn.Linear(width, width), nn.GELU(), nn.Dropout(config.dropout), nn.Linear(width, dim, bias=False)
-    )
-
-
-class _Rows:
-    """Rows of each modality between layers, joined only where a layer needs several and kept joined while it can.
-
-    A modality that passes through frozen layers alone stays out of the others' gradient graph in this way: joined to
-    trainable rows, its frozen layers would be differentiated for nothing.
-    """
-
-    def __init__(self, parts: dict[str, torch.Tensor]) -> None:
-        self._parts = parts
-        self._joint: tuple[tuple[str, ...], torch.Tensor] | None = None
-
-    def take(self, layout: Layout) -> torch.Tensor:
-        """Return the rows of the layout's modalities, [T, D]."""
-        if self._joint is not None and self._joint[0] == layout.modalities:
-            return self._joint[1]
-        parts = [self._parts[name] for name in layout.modalities]
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
-
-    def parts(self, layout: Layout) -> dict[str, torch.Tensor]:
-        """Return each modality's rows at this point."""
-        return {name: self._parts[name] for name in layout.modalities}
-
-    def put(self, layout: Layout, x_TD: torch.Tensor) -> None:
-        """Replace the rows of the layout's modalities."""
-        self._joint = (layout.modalities, x_TD)
-        self._parts.update(layout.split(x_TD))
-
-
-class _Trace:
-    """What is kept while the layers run."""
-
-    def __init__(self, wanted: Wanted) -> None:
-        self.wanted = wanted
-        self.results: dict[str, list[torch.Tensor]] = {name: [] for name in wanted.results}
-        self.layer_cls: dict[int, dict[str, torch.Tensor]] = {}
-        self.cls_attention: dict[str, torch.Tensor] = {}
-        self.before_joint: dict[str, torch.Tensor] | None = None
-
-    def see_result(self, result_TD: torch.Tensor, layout: Layout) -> None:
-        for name, result_RD in layout.split(result_TD).items():
-            if name in self.wanted.results:
-                self.results[name].append(result_RD)
-
-    def see_cls(self, index: int, rows: _Rows, layout: Layout) -> None:
-        if index in self.wanted.layers:
-            parts = rows.parts(layout)
-            self.layer_cls[index] = {name: x_RD[layout.first_rows(name)] for name, x_RD in parts.items()}
-
-    def see_attention(self, layer: Layer, x_TD: torch.Tensor, layout: Layout, last_of: list[str]) -> None:
-        for name in self.wanted.cls_attention.intersection(last_of):
-            self.cls_attention[name] = layer.cls_attention(x_TD, layout, name)
 
 
 def build_student(config: Config, tokenizer: Tokenizer | None, pretrained: bool = True) -> Student:

@@ -56,6 +56,8 @@ class Options:
     """Seeds, a run each."""
     baseline: str | None = None
     """Row that the others are compared with, seed by seed."""
+    scale: str | None = None
+    """One of the configs' `scales`, such as mini."""
     jobs: int = 1
     """Runs at the same time; each gets its share of the cores."""
     launcher: str | None = None
@@ -134,9 +136,11 @@ def plan(options: Options, extra: Sequence[str]) -> list[Job]:
     for seed in options.seeds:
         for row, config in rows.items():
             own = ["--seed", str(seed), "--run_dir", str(options.work / f"{row}-s{seed}")]
-            load_config(config, [*own, *extra])  # a mistake should not come out after hours of other runs
-            command = (*launcher, "train", str(config), *own, "--resume", "auto", *extra)
-            jobs.append(Job(row, seed, command, options.work, _hash(config, extra)))
+            # A mistake should not come out after hours of other runs.
+            load_config(config, [*own, *extra], options.scale)
+            scale = [] if options.scale is None else ["--scale", options.scale]
+            command = (*launcher, "train", str(config), *own, "--resume", "auto", *scale, *extra)
+            jobs.append(Job(row, seed, command, options.work, _hash(config, extra, options.scale)))
     return jobs
 
 
@@ -316,14 +320,18 @@ def with_ending(out: Path, ending: str) -> Path:
     return out.with_name(out.name + ending)
 
 
-def _hash(config: Path, extra: Sequence[str]) -> str:
-    """Hash a config with its bases and the overrides."""
-    digest = hashlib.sha256(json.dumps(list(extra)).encode())
+def _hash(config: Path, extra: Sequence[str], scale: str | None) -> str:
+    """Hash a config with its bases, the file of its scale and the overrides."""
+    digest = hashlib.sha256(json.dumps([*extra, *([] if scale is None else [scale])]).encode())
     path: Path | None = config
     while path is not None:
-        data = path.read_bytes()
-        digest.update(data)
-        base = (yaml.safe_load(data) or {}).get("base")
+        content = path.read_bytes()
+        digest.update(content)
+        data = yaml.safe_load(content) or {}
+        file = ((data.get("scales") or {}).get(scale) or {}).get("file")
+        if file is not None:
+            digest.update((path.parent / file).read_bytes())
+        base = data.get("base")
         path = path.parent / os.path.expandvars(base) if base else None
     return digest.hexdigest()[:16]
 

@@ -269,3 +269,19 @@ def test_an_interruption_ends_the_runs(folder):
         process.kill()
     assert process.returncode == 1 and "interrupted; the same command goes on" in error
     assert started(folder) == ["slow-s0"]
+
+
+def test_scale_is_asked_of_every_run_and_part_of_what_a_result_is_of(module, tmp_path):
+    run_table = module("run_table")
+    (tmp_path / "small.yaml").write_text("steps: 2\n")
+    config = tmp_path / "a.yaml"
+    config.write_text(CONFIG + "scales: {small: {file: small.yaml}}\n")
+    arguments = {"runs": (config,), "out": tmp_path / "out", "work": tmp_path / "work"}
+    (job,) = run_table.plan(run_table.Options(**arguments, scale="small"), [])
+    (plain,) = run_table.plan(run_table.Options(**arguments), [])
+    assert job.command[-2:] == ("--scale", "small") and "--scale" not in plain.command
+    (tmp_path / "small.yaml").write_text("steps: 3\n")
+    (changed,) = run_table.plan(run_table.Options(**arguments, scale="small"), [])
+    assert len({job.inputs, plain.inputs, changed.inputs}) == 3
+    with pytest.raises(UserError, match="--scale"):
+        run_table.plan(run_table.Options(**arguments, scale="smal"), [])

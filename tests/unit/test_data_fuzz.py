@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import time
+from itertools import islice
 from pathlib import Path
 
 import pytest
@@ -71,8 +72,9 @@ def read_all(folder: Path) -> None:
     except UserError:
         shards = None
     if shards is not None:
-        places = [(shard, row) for shard, count in enumerate(shards.counts.tolist()) for row in range(count)]
-        assert len(places) < 10_000
+        # A manifest may promise any number of samples; the first ones tell how the others are met.
+        promised = ((shard, row) for shard, count in enumerate(shards.counts.tolist()) for row in range(count))
+        places = list(islice(promised, 1_000))
         for images in (True, False):
             for sample in shards.read_many(places, images=images):
                 assert isinstance(sample, (RawSample, Damage))

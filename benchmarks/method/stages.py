@@ -133,7 +133,7 @@ def _image_rows(options: Image) -> tuple[dict[str, dict[str, float]], str, int]:
     rows, count = {}, 0
     for name, one in encode.items():
         found = knn_of_folder(one, options.train, options.test, options.k)
-        rows[name], count = {"mean": found.accuracy}, found.test_images
+        rows[name], count = {"mean": found.top1}, found.test_images
     return rows, f"{options.k}-NN classification, accuracy", count
 
 

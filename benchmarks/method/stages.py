@@ -82,8 +82,10 @@ def main(options: Text | Image) -> None:
     if isinstance(options, Text):
         rows, title, count = _text_rows(options)
         untrained, distilled, teacher = (row["mean"] for row in rows.values())
-        share = 100 * (distilled - untrained) / (teacher - untrained)
-        gained = f"The distilled blocks recover {share:.0f} % of the gap."
+        gained = "There is no gap: the teacher is not better than the untrained student."
+        if teacher > untrained:
+            share = 100 * (distilled - untrained) / (teacher - untrained)
+            gained = f"The distilled blocks recover {share:.0f} % of the gap."
     else:
         rows, title, count = _image_rows(options)
         gained = ""

@@ -303,7 +303,7 @@ def write_table(options: Options, extra: Sequence[str], results: list[RunResult]
     command = ["train", "CONFIG", "--seed", "SEED", "--run_dir", "RUN", "--resume", "auto", *extra]
     launcher = shlex.split(options.launcher) if options.launcher else ["mmd2v"]
     settings = {
-        "configs": {path.name: _hash(path, ()) for path in options.runs},
+        "configs": {path.name: _hash(path, (), options.scale) for path in options.runs},
         "seeds": list(options.seeds),
         "baseline": options.baseline,
         "runs at the same time": options.jobs,

@@ -463,7 +463,7 @@ def parse_manifest(data: bytes, path: str) -> dict[str, ManifestEntry]:
     if not isinstance(shards, dict):
         raise UserError(f"{path}: not a shard manifest of this version; delete it to scan the shards")
     for name, entry in shards.items():
-        if "/" in name or "\\" in name or ".." in name:
+        if name in ("", ".") or "/" in name or "\\" in name or ".." in name:  # the first two name the folder itself
             raise UserError(f"{path}: found the shard name {name!r}, expected the name of a file beside it")
         if not _is_manifest_entry(entry):
             raise UserError(

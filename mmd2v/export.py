@@ -24,7 +24,8 @@ from mmd2v.models.student import Student, build_student
 from mmd2v.models.timm_backbone import load_exactly
 from mmd2v.report.model_card import Training, model_card
 from mmd2v.train.averages import read_averages
-from mmd2v.train.checkpoint import MANIFEST, complete_checkpoints, read_manifest
+from mmd2v.train.checkpoints.folders import complete_checkpoints
+from mmd2v.train.checkpoints.manifest import MANIFEST, read_manifest
 from mmd2v.train.consolidate import consolidate
 from mmd2v.train.metrics import METRICS_FILE, read_metrics
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from mmd2v.errors import UserError
-from mmd2v.train.checkpoint import deepspeed_classes
+from mmd2v.train.checkpoints.storage import deepspeed_classes
 
 _WHOLE_MODULE = "mp_rank_00_model_states.pt"
 """DeepSpeed's file of the module's own state dict, written unless the weights themselves are sharded."""

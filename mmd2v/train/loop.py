@@ -25,15 +25,10 @@ from mmd2v.distributed.collectives import mean_over_ranks
 from mmd2v.distributed.coordination import from_main_rank, on_every_rank
 from mmd2v.distributed.environment import World
 from mmd2v.train.averages import averages, load_averages, save_averages, update_averages
-from mmd2v.train.checkpoint import (
-    Checkpointer,
-    Manifest,
-    describe,
-    find_checkpoint,
-    load_checkpoint,
-    restore_replaced,
-    set_aside_after,
-)
+from mmd2v.train.checkpoints.folders import find_checkpoint, restore_replaced, set_aside_after
+from mmd2v.train.checkpoints.loading import load_checkpoint
+from mmd2v.train.checkpoints.manifest import Manifest, describe
+from mmd2v.train.checkpoints.saving import Checkpointer
 from mmd2v.train.damage import DamageWatch
 from mmd2v.train.engine import Engine
 from mmd2v.train.evaluation import check_evaluation, evaluate, recall_line

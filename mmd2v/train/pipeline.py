@@ -14,7 +14,7 @@ from mmd2v.errors import UserError
 from mmd2v.export import export
 from mmd2v.files import write_json
 from mmd2v.models.exported import CONFIG_FILE
-from mmd2v.train.checkpoint import AUTO, find_checkpoint, restore_replaced
+from mmd2v.train.checkpoints.folders import AUTO, find_checkpoint, restore_replaced
 from mmd2v.train.dry_run import dry_run
 from mmd2v.train.loop import train
 

@@ -32,7 +32,8 @@ def train_one_step(folder: Path) -> None:
     from mmd2v.distributed.environment import initialize
     from mmd2v.models.student import build_student
     from mmd2v.objectives import build_objectives
-    from mmd2v.train.checkpoint import Checkpointer, describe
+    from mmd2v.train.checkpoints.manifest import describe
+    from mmd2v.train.checkpoints.saving import Checkpointer
     from mmd2v.train.engine import build_engine
     from mmd2v.train.module import TrainModule
 

@@ -271,7 +271,7 @@ def test_run_that_cannot_start_leaves_nothing(said, config):
 
 def test_loss_that_is_not_finite_ends_the_run_before_it_is_saved(said, config):
     assert "became" in said["diverged"] and "on rank(s) 0" in said["diverged"]
-    from mmd2v.train.checkpoint import complete_checkpoints
+    from mmd2v.train.checkpoints.folders import complete_checkpoints
 
     assert complete_checkpoints(config.parent / "runs" / "nan" / "checkpoints") == []
 

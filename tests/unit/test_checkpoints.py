@@ -13,17 +13,10 @@ from small import small_config
 
 from mmd2v.distributed.environment import World
 from mmd2v.errors import UserError
-from mmd2v.train.checkpoint import (
-    MANIFEST,
-    Checkpointer,
-    Manifest,
-    check_same_run,
-    complete_checkpoints,
-    find_checkpoint,
-    read_manifest,
-    restore_replaced,
-    set_aside_after,
-)
+from mmd2v.train.checkpoints.folders import complete_checkpoints, find_checkpoint, restore_replaced, set_aside_after
+from mmd2v.train.checkpoints.loading import check_same_run
+from mmd2v.train.checkpoints.manifest import MANIFEST, Manifest, read_manifest
+from mmd2v.train.checkpoints.saving import Checkpointer
 
 ALONE = World(0, 1, 0, torch.device("cpu"), "gloo")
 FOUND = Manifest(
@@ -216,7 +209,7 @@ def test_kill_while_a_checkpoint_is_replaced_loses_nothing(tmp_path, monkeypatch
             raise KeyboardInterrupt
         rename(source, target)
 
-    monkeypatch.setattr("mmd2v.train.checkpoint.os.replace", killed_at_the_second)
+    monkeypatch.setattr("mmd2v.train.checkpoints.saving.os.replace", killed_at_the_second)
     with pytest.raises(KeyboardInterrupt):
         temporary = tmp_path / "checkpoints" / ".step-000020.tmp"
         temporary.mkdir()

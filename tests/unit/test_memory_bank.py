@@ -19,7 +19,7 @@ from mmd2v.models.teachers import Targets
 from mmd2v.models.teachers.replay import ReplayTeacher
 from mmd2v.objectives import build_objectives, memory_bank
 from mmd2v.objectives.memory_bank import UNKNOWN, MemoryBank, sample_numbers
-from mmd2v.train import checkpoint
+from mmd2v.train.checkpoints import saving
 from mmd2v.train.rank_state import load_rank_state, rank_file, save_rank_state
 
 
@@ -282,12 +282,12 @@ def test_a_state_that_cannot_be_written_leaves_no_checkpoint(tmp_path, monkeypat
     def full(objectives, folder):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(checkpoint, "_write", lambda engine, folder: None)
-    monkeypatch.setattr(checkpoint, "save_rank_state", full)
+    monkeypatch.setattr(saving, "_write", lambda engine, folder: None)
+    monkeypatch.setattr(saving, "save_rank_state", full)
     engine = SimpleNamespace(module=SimpleNamespace(objectives=None))
     world = World(0, 1, 0, torch.device("cpu"), "gloo")
     with pytest.raises(UserError, match=r"could not be written \(rank 0: the disk is full"):
-        checkpoint.Checkpointer(tmp_path, 1, world).save(engine, SimpleNamespace(step=3))
+        saving.Checkpointer(tmp_path, 1, world).save(engine, SimpleNamespace(step=3))
     assert not list((tmp_path / "checkpoints").iterdir())
 
 

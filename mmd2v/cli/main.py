@@ -10,6 +10,7 @@ import time
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from mmd2v.distributed.launchers import announce
 from mmd2v.errors import ReportedByMainRank, UserError, disk_message, told_once_a_node, unknown_name
 from mmd2v.plugins import load_plugins
 
@@ -33,6 +34,9 @@ COMMANDS = {
     ),
     "data": Command("mmd2v.cli.data", "pack, generate and check shards, build a tokenizer"),
     "eval": Command("mmd2v.cli.eval", "measure an exported encoder, for example its retrieval recall"),
+    "launch": Command(
+        "mmd2v.cli.launch", "submit a run to a cluster: launch slurm CONFIG.yaml --nodes N --gpus-per-node G"
+    ),
     "export": Command("mmd2v.cli.export", "turn a run's checkpoint into a folder that mmd2v.load reads"),
     "convert": Command("mmd2v.cli.convert", "turn a public data2vec 2.0 or BEiT-2 file into a folder to train from"),
     "embed": Command("mmd2v.cli.embed", "write the embeddings of images or texts to a file"),
@@ -72,6 +76,7 @@ def main(argv: Sequence[str]) -> int:
 
             print(f"mmd2v {__version__}")
             return 0
+        announce()
         if argv[0] not in COMMANDS:
             raise told_once_a_node(unknown_name("mmd2v", argv[0], COMMANDS))
         load_plugins()

@@ -1,6 +1,6 @@
 """Who this process is among the ranks of a run, and the process group they share.
 
-Works alone, under the `deepspeed` launcher and under torchrun: both announce ranks through environment variables.
+Works alone and under the launchers that `launchers` knows.
 """
 
 from __future__ import annotations
@@ -13,10 +13,11 @@ from typing import Literal
 import torch
 import torch.distributed as dist
 
+from mmd2v.distributed.compile_caches import separate_caches
+from mmd2v.distributed.launchers import find_place
+from mmd2v.distributed.mpi_meeting import meet_by_mpi, needs_meeting
 from mmd2v.errors import UserError, told_once_a_node
 
-_LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-_ALONE = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)
 
 
@@ -55,22 +56,19 @@ def choose_device(device: Literal["auto", "cpu", "cuda"]) -> str:
 def initialize(device: Literal["auto", "cpu", "cuda"] = "auto") -> World:
     """Join the process group the environment describes (or form one alone) and return this process's place in it.
 
-    gloo on the CPU, NCCL on CUDA. Call before anything imports deepspeed. Raises UserError when a launcher's
-    variables are incomplete or a node has fewer devices than ranks.
+    gloo on the CPU, NCCL on CUDA. Call before anything imports deepspeed. What a launcher says of the ranks is written
+    into the environment as torchrun's variables. Raises UserError when it is incomplete or contradicts itself, and when
+    a node has fewer devices than ranks.
     """
     try:
         kind = choose_device(device)
     except UserError as error:
         raise told_once_a_node(error) from None
-    present = [name for name in _LAUNCHER_VARIABLES if name in os.environ]
-    alone = "RANK" not in present and "WORLD_SIZE" not in present
-    if alone:
-        os.environ.update(_ALONE)
-    elif missing := sorted(set(_LAUNCHER_VARIABLES) - set(present)):
-        raise UserError(
-            f"environment: {', '.join(present)} set, but {', '.join(missing)} missing; use a launcher or unset"
-        )
-    rank, size, local_rank = (_integer(name) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+    place = find_place(os.environ)
+    if needs_meeting(place):
+        place = meet_by_mpi(place)
+    os.environ.update(place.variables() | separate_caches(place, os.environ))
+    rank, size, local_rank = place.rank, place.size, place.local_rank or 0
 
     backend = "nccl" if kind == "cuda" else "gloo"
     target = torch.device("cpu")
@@ -97,7 +95,7 @@ def _join(backend: str, rank: int, size: int, target: torch.device) -> None:
         where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         raise UserError(
             f"ranks cannot meet at {where} (MASTER_ADDR, MASTER_PORT): {str(error).splitlines()[0]}; another run may "
-            f"use the port, give the launcher another with --master_port"
+            f"use the port: give the launcher another with --master_port, or set MASTER_PORT"
         ) from error
 
 
@@ -108,11 +106,8 @@ def shutdown() -> None:
 
 
 def ranks_on_this_node() -> int:
-    """Ranks a node as the launcher announces it: torchrun's LOCAL_WORLD_SIZE, deepspeed's LOCAL_SIZE."""
-    for name in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE"):
-        if name in os.environ:
-            return _integer(name)
-    return 1
+    """Ranks of this node, as `initialize` has written them into the environment; 1 where the launcher says nothing."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE") or 1)
 
 
 def _share_cores() -> None:
@@ -120,11 +115,11 @@ def _share_cores() -> None:
     ranks = ranks_on_this_node()
     if ranks > 1 and "OMP_NUM_THREADS" not in os.environ:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        torch.set_num_threads(max(1, cores // ranks))
+        torch.set_num_threads(_cores_of_a_task(cores) or max(1, cores // ranks))
 
 
-def _integer(name: str) -> int:
-    text = os.environ[name]
-    if not text.isdecimal():
-        raise UserError(f"environment variable {name}: found '{text}'; expected a whole number")
-    return int(text)
+def _cores_of_a_task(cores: int) -> int | None:
+    """What srun keeps for this rank alone, of the ``cores`` it may run on; None unless srun started every rank."""
+    own = os.environ.get("SLURM_CPUS_PER_TASK", "")
+    started = os.environ.get("SLURM_STEP_NUM_TASKS") == os.environ.get("WORLD_SIZE")
+    return min(cores, int(own)) if started and own.isdecimal() and int(own) > 0 else None

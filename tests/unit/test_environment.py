@@ -47,16 +47,28 @@ def test_rank_that_is_no_number(monkeypatch):
         environment.initialize("cpu")
 
 
-@pytest.mark.parametrize("name", ["LOCAL_WORLD_SIZE", "LOCAL_SIZE"])
-def test_cores_are_shared_unless_threads_are_set(monkeypatch, name):
+def test_cores_are_shared_unless_threads_are_set(monkeypatch):
     threads = []
     monkeypatch.setattr(torch, "set_num_threads", threads.append)
     monkeypatch.setattr(environment.os, "sched_getaffinity", lambda _: set(range(8)))
     environment._share_cores()
     assert threads == []
-    monkeypatch.setenv(name, "3")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
     environment._share_cores()
     assert threads == [2]
     monkeypatch.setenv("OMP_NUM_THREADS", "5")
     environment._share_cores()
     assert threads == [2]
+
+
+def test_cores_that_srun_keeps_for_a_rank_are_its_own(monkeypatch):
+    threads = []
+    monkeypatch.setattr(torch, "set_num_threads", threads.append)
+    monkeypatch.setattr(environment.os, "sched_getaffinity", lambda _: set(range(8)))
+    step = {"WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2", "SLURM_STEP_NUM_TASKS": "4", "SLURM_CPUS_PER_TASK": "6"}
+    for name, value in step.items():
+        monkeypatch.setenv(name, value)
+    environment._share_cores()
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "2")  # a launcher of its own on each node: its ranks share the task
+    environment._share_cores()
+    assert threads == [6, 4]

@@ -1,1 +1,0 @@
-"""Submitting runs to schedulers."""

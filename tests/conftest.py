@@ -4,10 +4,15 @@ import os
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 # Before torch is imported, here and in every process a test starts: the tests' tensors are tiny, and several processes
 # with a thread a core each would spend their time waiting for one another.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# How long an example takes says more of what else the machine is doing than of the code.
+settings.register_profile("mmd2v", deadline=None)
+settings.load_profile("mmd2v")
 
 
 @pytest.fixture(scope="session")

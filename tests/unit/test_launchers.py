@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from mmd2v.distributed import compile_caches, launchers, mpi_meeting
@@ -217,7 +217,6 @@ name = st.text("abcxyz-", min_size=1, max_size=4)
 span = st.tuples(st.integers(0, 200), st.integers(0, 12), st.integers(1, 4))
 
 
-@settings(deadline=None)  # the machine may be busy
 @given(st.lists(st.tuples(name, st.lists(span, max_size=3)), min_size=1, max_size=4))
 def test_host_list_is_what_was_compressed(groups):
     entries, expected = [], []
@@ -233,14 +232,12 @@ def test_host_list_is_what_was_compressed(groups):
     assert list(hosts(",".join(entries))) == expected
 
 
-@settings(deadline=None)  # the machine may be busy
 @given(st.lists(st.tuples(st.integers(1, 99), st.integers(1, 5)), min_size=1, max_size=5))
 def test_counts_are_what_was_compressed(runs):
     text = ",".join(f"{value}(x{times})" if times > 1 else str(value) for value, times in runs)
     assert counts(text) == [value for value, times in runs for _ in range(times)]
 
 
-@settings(deadline=None)  # the machine may be busy
 @given(st.dictionaries(st.sampled_from([*TORCHRUN, *OPENMPI, *SRUN]), st.text(max_size=8), max_size=8))
 def test_any_environment_gives_a_place_or_a_message(environ):
     try:

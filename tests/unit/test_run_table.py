@@ -264,7 +264,7 @@ def test_an_interruption_ends_the_runs(folder):
         while not (folder / "work" / "started.txt").exists() and time.monotonic() < deadline:
             time.sleep(0.1)
         process.send_signal(signal.SIGINT)
-        _, error = process.communicate(timeout=30)
+        _, error = process.communicate(timeout=120)
     finally:
         process.kill()
     assert process.returncode == 1 and "interrupted; the same command goes on" in error

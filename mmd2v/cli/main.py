@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import io
+import multiprocessing
 import os
 import sys
 import time
@@ -115,4 +117,24 @@ def run() -> None:
         if isinstance(stream, io.TextIOWrapper):
             # Names of files and archive members may be no text in the terminal's encoding: no reason to stop.
             stream.reconfigure(errors="backslashreplace")
-    sys.exit(main(sys.argv[1:]))
+    status = main(sys.argv[1:])
+    if status:
+        _leave_at_once(status)
+    sys.exit(status)
+
+
+def _leave_at_once(status: int) -> None:
+    """Exit without the interpreter's tear-down if ranks are still joined.
+
+    Threads of gloo that then lose their peers abort the process, and its status with it. Leaving the group in order
+    would wait for ranks that may be gone.
+    """
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is None or not distributed.is_initialized():
+        return
+    for child in multiprocessing.active_children():
+        child.kill()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError):  # a closed pipe has no reader to care
+            stream.flush()
+    os._exit(status)

@@ -251,15 +251,20 @@ def test_any_environment_gives_a_place_or_a_message(environ):
 # ---------------------------------------------------------------------------------- before they meet
 
 
-@pytest.fixture
-def bare(monkeypatch):
-    """An environment without any launcher, restored afterwards."""
-    clean = {
+def _without_launcher() -> dict[str, str]:
+    """This process's variables but a launcher's: tests that train in it leave some."""
+    return {
         name: value
         for name, value in os.environ.items()
         if not name.startswith(("SLURM_", "OMPI_", "PMI_", "MV2_", "MASTER_", "LOCAL_", "TORCHELASTIC_"))
         and name not in ("RANK", "WORLD_SIZE", "TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR")
     }
+
+
+@pytest.fixture
+def bare(monkeypatch):
+    """An environment without any launcher, restored afterwards."""
+    clean = _without_launcher()
     monkeypatch.setattr(os, "environ", clean)
     return clean
 
@@ -286,7 +291,7 @@ def test_nothing_is_announced_of_one_process_or_of_nonsense(bare):
 
 @pytest.mark.parametrize(("local_rank", "expected"), [("0", UserError), ("1", ReportedByMainRank)])
 def test_errors_before_the_ranks_meet_come_once_a_node(tmp_path, local_rank, expected):
-    environ = {**os.environ, **SRUN, "SLURM_LOCALID": local_rank, "SLURM_PROCID": str(4 + int(local_rank))}
+    environ = {**_without_launcher(), **SRUN, "SLURM_LOCALID": local_rank, "SLURM_PROCID": str(4 + int(local_rank))}
     code = "import sys, mmd2v.cli.main as m; m.GRACE_SECONDS = 0; sys.exit(m.main(['train', 'absent.yaml']))"
     done = subprocess.run(
         [sys.executable, "-c", code], env=environ, cwd=tmp_path, capture_output=True, text=True, check=False

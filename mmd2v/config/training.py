@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from mmd2v.config.section import Fraction, NonNegativeInt, PositiveInt, Rate, Section
+from mmd2v.config.section import LONGEST_WAIT, Fraction, NonNegativeInt, PositiveInt, Rate, Section
 
 Precision = Literal["fp32", "bf16", "bf16_autocast", "fp16"]
 
@@ -67,6 +67,13 @@ class EngineConfig(Section):
     )
     deepspeed: dict[str, Any] = Field(
         default_factory=dict, description="further DeepSpeed options, merged over the generated dictionary"
+    )
+    rank_timeout: float = Field(
+        120.0,
+        ge=1,
+        le=LONGEST_WAIT,
+        description="seconds without a sign of life after which a rank counts as frozen and the run ends, naming it; a "
+        "rank that died is noticed at once",
     )
 
 

@@ -81,7 +81,20 @@ class CheckpointConfig(Section):
     """What is kept of a run."""
 
     every: PositiveInt | None = Field(None, description="steps between checkpoints; none: only at the end")
-    keep: PositiveInt = Field(2, description="newest checkpoints kept")
+    minutes: float | None = Field(
+        None, gt=0, description="minutes between checkpoints, beside or instead of `every`; none: no clock"
+    )
+    keep: PositiveInt = Field(2, description="newest checkpoints kept, beside the permanent ones")
+    permanent_every: PositiveInt | None = Field(
+        None, description="checkpoints at multiples of this step are kept for ever; it makes none by itself"
+    )
+    asynchronous: bool = Field(
+        True,
+        description="copy the state to the host and write it beside the training; false: no copy, the training waits",
+    )
+    verify: bool = Field(
+        True, description="check the SHA-256 of every file before a run continues; false: its size only"
+    )
 
 
 class EvaluationConfig(Section):

@@ -49,7 +49,7 @@ ReturnToService=2
 JobRequeue=1
 KillWait=30
 SlurmdTimeout=120
-SchedulerParameters=batch_sched_delay=0,sched_min_interval=100000,bf_interval=2
+SchedulerParameters=sched_interval=1,batch_sched_delay=0,sched_min_interval=100000,bf_interval=2
 {nodes}
 PartitionName=main Nodes={names} Default=YES State=UP MaxTime=60
 """
@@ -102,6 +102,13 @@ def missing() -> str | None:
     if os.geteuid() != 0:
         return "the SLURM daemons need root"
     return None
+
+
+@pytest.fixture(scope="session")
+def slurm() -> Iterator[Cluster]:
+    """The cluster, one for all tests of a session."""
+    with two_nodes() as cluster:
+        yield cluster
 
 
 @contextmanager

@@ -378,9 +378,7 @@ def test_second_submission_leaves_the_first_ones_script(folder, pretended, monke
     assert len((folder / "sbatch.log").read_text().splitlines()) == 1
 
 
-def test_without_submission_the_job_is_written_and_printed(
-    folder, pretended, monkeypatch, capsys
-):
+def test_without_submission_the_job_is_written_and_printed(folder, pretended, monkeypatch, capsys):
     monkeypatch.setenv("PATH", pretended["PATH"])
     assert main(["launch", "slurm", "small.yaml", "--nodes", "1", "--gpus-per-node", "2", "--no-submit"]) == 0
     script = folder / "runs/small/job.sbatch"

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from mmd2v.distributed.launchers import announce
+from mmd2v.distributed.preemption import REQUEUE_STATUS, Preempted
 from mmd2v.errors import ReportedByMainRank, UserError, disk_message, told_once_a_node, unknown_name
 from mmd2v.plugins import load_plugins
 
@@ -83,6 +84,11 @@ def main(argv: Sequence[str]) -> int:
         return importlib.import_module(COMMANDS[argv[0]].module).main(argv[1:])
     except KeyboardInterrupt:
         return INTERRUPT_STATUS
+    except Preempted as stop:
+        # Both signals are ignored from here to the end of the process (see StopSignals): the status is to be this one.
+        if os.environ.get("RANK", "0") == "0":
+            print(stop, file=sys.stderr)
+        return REQUEUE_STATUS
     except ReportedByMainRank:
         time.sleep(GRACE_SECONDS)
         return USER_ERROR_STATUS

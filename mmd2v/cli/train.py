@@ -9,14 +9,17 @@ from typing import Annotated
 import tyro
 
 from mmd2v.config.load import load_config, split_overrides
-from mmd2v.config.pipeline import is_pipeline, load_pipeline
+from mmd2v.config.pipeline import Stage, is_pipeline, load_pipeline
+from mmd2v.config.schema import Config
+from mmd2v.distributed.preemption import Preempted, StopSignals
 from mmd2v.errors import UserError, told_once_a_node
 
 _OWN_FLAGS = {"--dry-run": False, "--resume": True, "--scale": True, "--help": False}
 """Flags of the command itself → whether a value follows. Everything else overrides a key of the config."""
 
 _MORE = """Any key of the config can be set as --a.b VALUE, list items as --model.layers.0.count 3.
-Runs alone, or under a launcher: deepspeed --num_accelerators 2 --module mmd2v train CONFIG.yaml"""
+Runs alone, or under a launcher: deepspeed --num_accelerators 2 --module mmd2v train CONFIG.yaml
+SIGTERM and SIGUSR1 make it save and exit with status 75: run the same command again with --resume auto."""
 
 
 @dataclass
@@ -44,25 +47,42 @@ def main(argv: Sequence[str]) -> int:
             raise UserError("--resume: a pipeline goes on by itself; expected nothing, or auto")
     except UserError as error:
         raise told_once_a_node(error) from None
-    if stages:
-        from mmd2v.train.pipeline import dry_run_pipeline, run_pipeline
-
-        dry_run_pipeline(stages) if arguments.dry_run else run_pipeline(stages)
-        return _done()
-    assert config is not None
     if arguments.dry_run:
+        _dry_run(config, stages)
+    else:
+        # From here on, before torch is even imported: a signal is answered once all ranks have met.
+        with StopSignals():
+            _train(config, stages, arguments.resume)
+    return 0
+
+
+def _dry_run(config: Config | None, stages: list[Stage] | None) -> None:
+    from mmd2v.distributed.environment import shutdown
+
+    if stages is not None:
+        from mmd2v.train.pipeline import dry_run_pipeline
+
+        dry_run_pipeline(stages)
+    elif config is not None:
         from mmd2v.train.dry_run import dry_run
 
         dry_run(config)
-    else:
-        from mmd2v.train.loop import train
-
-        train(config, arguments.resume)
-    return _done()
+    shutdown()
 
 
-def _done() -> int:
+def _train(config: Config | None, stages: list[Stage] | None, resume: str | None) -> None:
     from mmd2v.distributed.environment import shutdown
 
+    try:
+        if stages is not None:
+            from mmd2v.train.pipeline import run_pipeline
+
+            run_pipeline(stages)
+        elif config is not None:
+            from mmd2v.train.loop import train
+
+            train(config, resume)
+    except Preempted:
+        shutdown()  # all ranks leave together
+        raise
     shutdown()
-    return 0

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from mmd2v.config.section import Fraction, NonNegativeInt, Positive, PositiveInt, Section, Triple
+from mmd2v.config.section import LONGEST_WAIT, Fraction, NonNegativeInt, Positive, PositiveInt, Section, Triple
 
 
 class TokenizerConfig(Section):
@@ -219,7 +219,8 @@ class DataConfig(Section):
     )
     stall_timeout: Positive | None = Field(
         1800.0,
-        description="seconds without a batch after which the run stops with that name (not with workers: 0); none: no",
+        le=LONGEST_WAIT,
+        description="seconds without a batch after which the run ends with that name; none: it never does",
     )
     decode: Literal["loader", "device"] = Field(
         "loader",

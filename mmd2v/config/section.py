@@ -14,6 +14,9 @@ PositiveInt = Annotated[int, Field(ge=1)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
 Triple = tuple[float, float, float]
 
+LONGEST_WAIT = 5400.0
+"""Most seconds a config may let one rank wait for something; the others' collectives wait half an hour longer."""
+
 
 class Section(BaseModel):
     """Base of every section: unknown keys are errors, values are immutable once read."""

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from mmd2v.config.section import Fraction, NonNegativeInt, PositiveInt, Rate, Section
+from mmd2v.config.section import LONGEST_WAIT, Fraction, NonNegativeInt, PositiveInt, Rate, Section
 
 Precision = Literal["fp32", "bf16", "bf16_autocast", "fp16"]
 
@@ -68,13 +68,33 @@ class EngineConfig(Section):
     deepspeed: dict[str, Any] = Field(
         default_factory=dict, description="further DeepSpeed options, merged over the generated dictionary"
     )
+    rank_timeout: float = Field(
+        120.0,
+        ge=1,
+        le=LONGEST_WAIT,
+        description="seconds without a sign of life after which a rank counts as frozen and the run ends, naming it; a "
+        "rank that died is noticed at once",
+    )
 
 
 class CheckpointConfig(Section):
     """What is kept of a run."""
 
     every: PositiveInt | None = Field(None, description="steps between checkpoints; none: only at the end")
-    keep: PositiveInt = Field(2, description="newest checkpoints kept")
+    minutes: float | None = Field(
+        None, gt=0, description="minutes between checkpoints, beside or instead of `every`; none: no clock"
+    )
+    keep: PositiveInt = Field(2, description="newest checkpoints kept, beside the permanent ones")
+    permanent_every: PositiveInt | None = Field(
+        None, description="checkpoints at multiples of this step are kept for ever; it makes none by itself"
+    )
+    asynchronous: bool = Field(
+        True,
+        description="copy the state to the host and write it beside the training; false: no copy, the training waits",
+    )
+    verify: bool = Field(
+        True, description="check the SHA-256 of every file before a run continues; false: its size only"
+    )
 
 
 class EvaluationConfig(Section):

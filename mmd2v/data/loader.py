@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from types import TracebackType
+from types import FrameType, TracebackType
 from typing import Protocol
 
 import torch
@@ -20,6 +20,8 @@ from mmd2v.data.batch import Batch
 from mmd2v.data.handover import Parcel, Ring, send, start_worker
 from mmd2v.data.watch import Watchdog, WorkerStates
 from mmd2v.errors import UserError
+
+_OUTLIVES_SIGTERM = 60  # seconds
 
 
 class Order(Protocol):
@@ -128,7 +130,12 @@ class Loader:
         finally:
             # Ends the workers now. Left to the garbage collector, their queues may go first, and torch would wait for
             # seconds for workers that never hear of the end.
+            processes = getattr(batches, "_workers", [])
             del batches
+            for process in processes:
+                # torch has waited for it and sent SIGTERM, which a worker outlives (see `_outlive`).
+                if process.is_alive():
+                    process.kill()
 
     def epochs(self, index: int) -> dict[str, float]:
         """Passes over the data before a position (a sample, or a step of tokens).
@@ -158,12 +165,22 @@ def _explained(error: RuntimeError, awaited: str) -> Exception | None:
     return None
 
 
+def _outlive(parent: int, number: int, frame: FrameType | None) -> None:
+    """Answer SIGTERM in a worker: end with the training process, or some time later."""
+    if os.getppid() != parent:
+        os._exit(0)
+    signal.alarm(_OUTLIVES_SIGTERM)  # whose default is to end the process
+
+
 def _start_worker(ring: Ring | None, worker: int) -> None:
     start_worker(ring)
     # One process a core: more threads in each would only fight.
     torch.set_num_threads(1)
     # Ctrl-C goes to the whole group; the training process answers it and ends its workers.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # So do a scheduler's signals, on which the training process wants batches for another step or two.
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, partial(_outlive, os.getppid()))
     shown = sys.excepthook
 
     def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:

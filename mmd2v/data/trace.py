@@ -20,8 +20,7 @@ class Trace:
         self.path = Path(f"{file}.rank{rank}.jsonl")
         self.path.parent.mkdir(parents=True, exist_ok=True)
         if self.path.exists():
-            kept = [line for line in self.path.read_text(encoding="utf-8").splitlines() if _step(line) < first_step]
-            write_text(self.path, "".join(line + "\n" for line in kept))
+            _cut(self.path, first_step)
         self._handle = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 - lives as long as the run
 
     def write(self, step: int, micro_step: int, ids: Sequence[str]) -> None:
@@ -32,6 +31,23 @@ class Trace:
     def close(self) -> None:
         """Close the file."""
         self._handle.close()
+
+
+def cut_other_traces(file: str | Path, first_step: int, ranks: int) -> None:
+    """Remove the lines of ``first_step`` and later from the files of ranks that a run of ``ranks`` no longer has.
+
+    For one rank to call: the others cut their own.
+    """
+    prefix, folder = f"{Path(file).name}.rank", Path(file).parent
+    for path in folder.iterdir() if folder.is_dir() else ():
+        number = path.name.removeprefix(prefix).removesuffix(".jsonl")
+        if path.name == f"{prefix}{number}.jsonl" and number.isdecimal() and int(number) >= ranks:
+            _cut(path, first_step)
+
+
+def _cut(path: Path, first_step: int) -> None:
+    kept = [line for line in path.read_text(encoding="utf-8").splitlines() if _step(line) < first_step]
+    write_text(path, "".join(line + "\n" for line in kept))
 
 
 def _step(line: str) -> float:

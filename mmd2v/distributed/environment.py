@@ -13,12 +13,14 @@ from typing import Literal
 import torch
 import torch.distributed as dist
 
+from mmd2v.config.section import LONGEST_WAIT
 from mmd2v.distributed.compile_caches import separate_caches
 from mmd2v.distributed.launchers import find_place
 from mmd2v.distributed.mpi_meeting import meet_by_mpi, needs_meeting
 from mmd2v.errors import UserError, told_once_a_node
 
-COLLECTIVE_TIMEOUT = timedelta(minutes=30)
+COLLECTIVE_TIMEOUT = timedelta(seconds=LONGEST_WAIT) + timedelta(minutes=30)
+"""Two hours. The others wait in a collective while a rank is late, which should be named before that gives up."""
 
 
 @dataclass(frozen=True)

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors.torch import load_file
 
 from mmd2v.errors import UserError
 from mmd2v.models.teachers import EMATeacher, Teacher
+from mmd2v.train.checkpoints.writer import CheckpointWriter
 from mmd2v.train.engine import Engine
 
 AVERAGES_FILE = "averages.safetensors"
@@ -34,19 +34,11 @@ def update_averages(teachers: Mapping[str, Teacher], engine: Engine, step: int, 
             teacher.update(student, teacher.ema.decay_at(step, steps))
 
 
-def save_averages(teachers: Mapping[str, Teacher], folder: Path) -> None:
-    """Write the file of a checkpoint, if there are averages; rank 0 alone calls it. OSError where the disk refuses."""
-    state = {
-        f"{name}/{key}": value.cpu().contiguous()
-        for name, teacher in averages(teachers).items()
-        for key, value in teacher.average().items()
-    }
-    if not state:
-        return
-    with open(folder / AVERAGES_FILE, "wb") as handle:
-        handle.write(save(state))
-        handle.flush()
-        os.fsync(handle.fileno())
+def save_averages(teachers: Mapping[str, Teacher], writer: CheckpointWriter) -> None:
+    """Hand the file of the averages to a checkpoint, if there are any; rank 0 alone calls it."""
+    state = {f"{name}/{key}": x for name, teacher in averages(teachers).items() for key, x in teacher.average().items()}
+    if state:
+        writer.add_tensors(AVERAGES_FILE, state)
 
 
 def load_averages(teachers: Mapping[str, Teacher], folder: Path) -> None:

@@ -25,7 +25,8 @@ from mmd2v.distributed.collectives import mean_over_ranks
 from mmd2v.distributed.coordination import from_main_rank, on_every_rank
 from mmd2v.distributed.environment import World
 from mmd2v.train.averages import averages, load_averages, save_averages, update_averages
-from mmd2v.train.checkpoints.folders import find_checkpoint, restore_replaced, set_aside_after
+from mmd2v.train.checkpoints.choosing import Choice, choose_checkpoint
+from mmd2v.train.checkpoints.folders import restore_replaced, set_aside_after
 from mmd2v.train.checkpoints.loading import load_checkpoint
 from mmd2v.train.checkpoints.manifest import Manifest, describe
 from mmd2v.train.checkpoints.saving import Checkpointer
@@ -78,7 +79,8 @@ class Run:
         )
         self.schedule: Schedule = from_main_rank(lambda: build_schedule(config.optimizer, self.steps))
         from_main_rank(lambda: restore_replaced(self.run_dir))
-        start: Path | None = from_main_rank(lambda: find_checkpoint(self.run_dir, resume))
+        choice: Choice = from_main_rank(lambda: choose_checkpoint(self.run_dir, resume, config.checkpoint.verify))
+        start = choice.path
 
         sources: dict[str, Source] = from_main_rank(lambda: choose_sources(config, self.plan, self.steps, world.device))
         self.parts: Parts = on_every_rank(lambda: build_parts(config, world, sources))
@@ -92,7 +94,7 @@ class Run:
         self.first_step = self.step
         branch: str | None = from_main_rank(lambda: set_aside_after(self.run_dir, self.first_step))
 
-        self.checkpointer = Checkpointer(self.run_dir, config.checkpoint.keep, world)
+        self.checkpointer = Checkpointer(self.run_dir, config.checkpoint, world)
         changes = config_changes(self.run_dir, config) if start is not None and world.is_main else []
         if world.is_main and (start is None or self.step < self.steps):  # a finished run keeps its config
             describe_run(self.run_dir, config, world, self.engine.description)
@@ -104,7 +106,7 @@ class Run:
         self.copy = DeviceCopy(world.device, config.data.image)
         self._working, self._reported, self._samples_reported = 0.0, self.step, self.sample_index
         self._text_tokens = 0
-        self._announce(start, branch, sources)
+        self._announce(choice, branch, sources)
         if changes:
             self.reporter.say("changed since the run was started:\n  " + "\n  ".join(changes))
 
@@ -273,6 +275,7 @@ class Run:
             check_weights(self.engine.module, self.step)  # the report before has looked at the loss
             average_buffers(self.engine.module)
             self.checkpointer.save(self.engine, self._describe(), lambda to: save_averages(self.parts.teachers, to))
+            self.checkpointer.finish()
 
     def _describe(self) -> Manifest:
         return describe(self.engine, self.config, self.world, self.step, self.sample_index, self.facts, self.tokens)
@@ -283,7 +286,7 @@ class Run:
         yield
         self.stopwatch.paused(time.perf_counter() - start)
 
-    def _announce(self, start: Path | None, branch: str | None, sources: dict[str, Source]) -> None:
+    def _announce(self, choice: Choice, branch: str | None, sources: dict[str, Source]) -> None:
         device = f"{self.world.device.type}, {self.config.engine.precision}, ZeRO-{self.config.engine.zero_stage}"
         self.reporter.say(f"run {self.config.name} on {device}: {self.plan}, {self.steps} steps")
         if self.tokens is not None:
@@ -293,8 +296,10 @@ class Run:
             self.reporter.say(source.said)
         for doubt in self.parts.doubts(self.config):
             self.reporter.say(f"warning: {doubt}")
-        if start is not None:
-            self.reporter.say(f"continuing from {start} at step {self.step}")
+        for line in choice.said:
+            self.reporter.say(line)
+        if choice.path is not None:
+            self.reporter.say(f"continuing from {choice.path} at step {self.step}")
         if branch is not None:
             self.reporter.say(branch)
         self.reporter.say(f"metrics: {self.run_dir / METRICS_FILE}")

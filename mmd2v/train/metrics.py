@@ -23,6 +23,9 @@ from mmd2v.files import write_text
 from mmd2v.progress import duration
 
 METRICS_FILE = "metrics.jsonl"
+SAVE_TIME = "time/save(s)"
+"""From the start of a save until its files were in place: what a run needs of the time between signal and end."""
+
 _TOKENS = "throughput(tokens/s)"
 
 
@@ -62,6 +65,25 @@ class LossMeter:
     def reset(self) -> None:
         """Start a new interval."""
         self._sum, self._count = None, 0
+
+    def state(self) -> dict[str, Any] | None:
+        """Return what every rank has summed since the last reset, as plain values; None when that is nothing.
+
+        Waits for the device; every rank must call it.
+        """
+        if self._sum is None:
+            return None
+        sums = gather_objects(self._sum.tolist())
+        return {"terms": list(self._names), "micro_batches": self._count, "sums": sums}
+
+    def load_state(self, state: Mapping[str, Any] | None, rank: int, ranks: int, device: torch.device) -> None:
+        """Go on with an interval that a checkpoint has cut, to the last bit if there are as many ranks as then."""
+        self.reset()
+        if state is None:
+            return
+        sums = torch.tensor(state["sums"])  # fp32, as they were summed
+        self._names, self._count = tuple(state["terms"]), state["micro_batches"]
+        self._sum = (sums[rank] if len(sums) == ranks else sums.mean(0)).to(device)
 
 
 class Stopwatch:
@@ -157,10 +179,11 @@ class Reporter:
         """Print the line of one interval; a bar shows its ETA until the next one."""
         losses = "  ".join(f"{short_name(name)} {value:.4f}" for name, value in values.items() if is_loss(name))
         tokens = f"{values[_TOKENS]:,.0f} tokens/s  " if _TOKENS in values else ""
+        saved = f"saved in {values[SAVE_TIME]:.1f} s  " if SAVE_TIME in values else ""
         text = (
             f"step {step}/{self._steps}  {losses}  lr {values['learning_rate']:.2e}  "
             f"{values['throughput(samples/s)']:.1f} samples/s  {tokens}data {values['time/data(%)']:.0f}%  "
-            f"{values['memory(GB)']:.2f} GB  ETA {duration(values['time/eta(s)'])}"
+            f"{values['memory(GB)']:.2f} GB  {saved}ETA {duration(values['time/eta(s)'])}"
         )
         self._eta = f"  ETA {duration(values['time/eta(s)'])}"
         self.say(text)

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 
 from mmd2v.distributed.collectives import rank, world_size
 from mmd2v.errors import UserError
 from mmd2v.objectives import Objectives
+from mmd2v.train.checkpoints.writer import CheckpointWriter
 
 _RANKS = "ranks"
 
@@ -20,17 +19,11 @@ def rank_file(folder: Path) -> Path:
     return folder / f"objectives_rank_{rank():05d}.safetensors"
 
 
-def save_rank_state(objectives: Objectives, folder: Path) -> None:
-    """Write this rank's file, unless no objective keeps anything. Raises OSError when the disk refuses it."""
-    state = {name: value.contiguous() for name, value in objectives.rank_state().items()}
-    if not state:
-        return
-    # Bytes first: safetensors' own writer raises its own error for a full disk and does not wait for the disk.
-    data = save(state, {_RANKS: str(world_size())})
-    with open(rank_file(folder), "wb") as handle:
-        handle.write(data)
-        handle.flush()
-        os.fsync(handle.fileno())
+def save_rank_state(objectives: Objectives, writer: CheckpointWriter) -> None:
+    """Hand this rank's file to a checkpoint, unless no objective keeps anything."""
+    state = objectives.rank_state()
+    if state:
+        writer.add_tensors(rank_file(writer.folder).name, state, {_RANKS: str(world_size())})
 
 
 def load_rank_state(objectives: Objectives, folder: Path) -> None:

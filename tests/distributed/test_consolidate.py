@@ -46,7 +46,9 @@ def train_one_step(folder: Path) -> None:
         engine.backward(losses["loss"])
         engine.step()
         run = folder / str(stage)
-        Checkpointer(run, 1, world).save(engine, describe(engine, config, world, 1, 4, TrainFacts(4, "layout")))
+        checkpointer = Checkpointer(run, config.checkpoint, world)
+        checkpointer.save(engine, describe(engine, config, world, 1, 4, TrainFacts(4, "layout")))
+        checkpointer.finish()
         student.eval()
         with torch.no_grad():
             embedding = student(random_batch(4, seed=9)).embedding

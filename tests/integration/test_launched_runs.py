@@ -26,8 +26,8 @@ def config(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def expected(config) -> dict[int, float]:
-    """Losses by step under torchrun, one agent with two ranks."""
-    return _losses(_run(config, [LAUNCH / "torchrun.sh"], RANKS_PER_NODE="2", MASTER_PORT=_free_port()))
+    """Losses by step under torchrun, an agent with one rank on each of two nodes (both are this machine)."""
+    return _losses(_run_on_two_nodes(config, [LAUNCH / "torchrun.sh"], NODES=2))
 
 
 def _environment(**more: object) -> dict[str, str]:
@@ -50,17 +50,29 @@ def _start(config: Path, command: list[object], run_dir: Path, **environ: object
 
 def _run(config: Path, command: list[object], **environ: object) -> Path:
     run_dir = config.parent / "runs" / Path(str(command[0])).stem
-    process = _start(config, command, run_dir, **environ)
-    _end_well(process)
+    _end_well([_start(config, command, run_dir, **environ)])
     return run_dir
 
 
-def _end_well(process: subprocess.Popen[str]) -> None:
+def _run_on_two_nodes(config: Path, command: list[object], **environ: object) -> Path:
+    """Start ``command`` once for each node, as is done where no node reaches the others by ssh."""
+    run_dir, port = config.parent / "runs" / Path(str(command[0])).stem, _free_port()
+    _end_well(
+        [
+            _start(config, command, run_dir, NODE_RANK=rank, HEAD="127.0.0.1", MASTER_PORT=port, **environ)
+            for rank in (0, 1)
+        ]
+    )
+    return run_dir
+
+
+def _end_well(processes: list[subprocess.Popen[str]]) -> None:
     try:
-        said = process.communicate(timeout=240)[0]
+        said = [process.communicate(timeout=240)[0] for process in processes]
     finally:
-        process.kill()
-    assert process.returncode == 0, said
+        for process in processes:
+            process.kill()
+    assert [process.returncode for process in processes] == [0] * len(processes), "\n".join(said)
 
 
 def _losses(run_dir: Path) -> dict[int, float]:
@@ -77,19 +89,10 @@ def _free_port() -> int:
         return listener.getsockname()[1]
 
 
-def test_torchrun_with_an_agent_on_every_node(config, expected):
-    port, run_dir = _free_port(), config.parent / "runs" / "agents"
-    nodes = [
-        _start(config, [LAUNCH / "torchrun.sh"], run_dir, NODES=2, NODE_RANK=rank, MASTER_PORT=port) for rank in (0, 1)
-    ]
-    for node in nodes:
-        _end_well(node)
-    assert _losses(run_dir) == expected
-
-
-def test_deepspeed_with_a_host_file(config, expected):
-    command = [LAUNCH / "deepspeed.sh", LAUNCH / "hostfile.example"]
-    assert _losses(_run(config, command, MASTER_PORT=_free_port())) == expected
+def test_deepspeed(config, expected):
+    hosts = config.parent / "hosts"
+    hosts.write_text("first-node slots=1\nsecond-node slots=1\n")
+    assert _losses(_run_on_two_nodes(config, [LAUNCH / "deepspeed.sh", hosts])) == expected
 
 
 def test_mpirun(config, expected):

@@ -4,35 +4,19 @@ import copy
 import json
 import os
 import re
+import time
 from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
-import torch
+from run_checkpoints import FOUND, write_checkpoint
 from small import small_config
 
-from mmd2v.distributed.environment import World
 from mmd2v.errors import UserError
+from mmd2v.train.checkpoints.choosing import choose_checkpoint
 from mmd2v.train.checkpoints.folders import complete_checkpoints, find_checkpoint, restore_replaced, set_aside_after
 from mmd2v.train.checkpoints.loading import check_same_run
-from mmd2v.train.checkpoints.manifest import MANIFEST, Manifest, read_manifest
-from mmd2v.train.checkpoints.saving import Checkpointer
-
-ALONE = World(0, 1, 0, torch.device("cpu"), "gloo")
-FOUND = Manifest(
-    format=1,
-    step=4,
-    sample_index=64,
-    batch_size=16,
-    world_size=2,
-    zero_stage=1,
-    precision="fp32",
-    optimizer="AdamW",
-    model={"width": 32, "layers": [{"kind": "separate", "count": 1}]},
-    objectives=[{"kind": "contrastive"}],
-    parameters={"norm.weight": [[32], 0], "layers.0.fc1.weight": [[128, 32], None]},
-    stream={"seed": 3, "data.train (images)": 48, "data.tokenizer.kind": "hf"},
-)
+from mmd2v.train.checkpoints.manifest import MANIFEST, read_manifest
 
 
 def _checkpoint(run: Path, step: int) -> Path:
@@ -172,7 +156,7 @@ def test_other_stream_of_samples_is_refused():
     check_same_run(Path("step"), replace(FOUND, stream=None), FOUND)  # of a version that did not record it
 
 
-# ---------------------------------------------------------------------------------- going back, kills
+# ------------------------------------------------------------------------------------------ going back
 
 
 def test_later_checkpoints_are_set_aside(tmp_path):
@@ -185,44 +169,128 @@ def test_later_checkpoints_are_set_aside(tmp_path):
     assert set_aside_after(tmp_path, 40) is None and set_aside_after(tmp_path / "absent", 0) is None
 
 
-def _finish(run: Path, step: int, keep: int) -> None:
-    temporary = run / "checkpoints" / f".step-{step:06d}.tmp"
-    os.replace(_checkpoint(run / "new", step), temporary)
-    Checkpointer(run, keep, ALONE)._finish(temporary, run / "checkpoints" / f"step-{step:06d}")
-
-
-@pytest.mark.parametrize(("keep", "left"), [(1, [50]), (2, [50, 100]), (3, [50, 90, 100])])
-def test_checkpoint_just_written_is_never_pruned(tmp_path, keep, left):
-    for step in (40, 90, 100):  # of a run that nobody set aside
-        _checkpoint(tmp_path, step)
-    _finish(tmp_path, 50, keep)
-    assert [step for step, _ in complete_checkpoints(tmp_path / "checkpoints")] == left
-
-
-def test_kill_while_a_checkpoint_is_replaced_loses_nothing(tmp_path, monkeypatch):
-    old = _checkpoint(tmp_path, 20)
-    (old / "old").touch()
-    rename = os.replace
-
-    def killed_at_the_second(source: Path, target: Path) -> None:
-        if Path(target) == old:
-            raise KeyboardInterrupt
-        rename(source, target)
-
-    monkeypatch.setattr("mmd2v.train.checkpoints.saving.os.replace", killed_at_the_second)
-    with pytest.raises(KeyboardInterrupt):
-        temporary = tmp_path / "checkpoints" / ".step-000020.tmp"
-        temporary.mkdir()
-        Checkpointer(tmp_path, 2, ALONE)._finish(temporary, old)
-    monkeypatch.undo()
-    assert find_checkpoint(tmp_path, "auto") is None
-    restore_replaced(tmp_path)
-    assert find_checkpoint(tmp_path, "auto") == old and (old / "old").exists()
-
-
 def test_what_was_replaced_is_removed(tmp_path):
     new = _checkpoint(tmp_path, 20)
     (tmp_path / "checkpoints" / ".step-000020.old.tmp").mkdir()
     restore_replaced(tmp_path)
     assert list((tmp_path / "checkpoints").iterdir()) == [new]
     restore_replaced(tmp_path / "absent")
+
+
+# ------------------------------------------------------------------------ the newest that is whole
+
+
+def _names(run: Path) -> list[str]:
+    return sorted(path.name for path in (run / "checkpoints").iterdir())
+
+
+def _flip_a_bit(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 4
+    path.write_bytes(data)
+
+
+def _cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def _break_manifest(path: Path) -> None:
+    (path.parent / MANIFEST).write_text('{"format": 1,')
+
+
+MODEL_STATES = "mp_rank_00_model_states.pt"
+DAMAGES = {
+    "is not what was written": _flip_a_bit,
+    "bytes instead of": _cut,
+    f"{MODEL_STATES} is missing": Path.unlink,
+    f"{MANIFEST}: cannot be read": _break_manifest,
+}
+
+
+@pytest.mark.parametrize("why", DAMAGES)
+def test_damaged_checkpoints_are_set_aside_for_the_newest_whole_one(tmp_path, why):
+    for step in (10, 20, 30):
+        write_checkpoint(tmp_path, step)
+    for step in (20, 30):
+        DAMAGES[why](tmp_path / "checkpoints" / f"step-{step:06d}" / MODEL_STATES)
+    choice = choose_checkpoint(tmp_path, "auto")
+    assert choice.path == tmp_path / "checkpoints" / "step-000010"
+    assert len(choice.said) == 2
+    for line, step in zip(choice.said, (30, 20), strict=True):
+        assert f"step-{step:06d} is damaged (" in line and why in line
+        assert f"set aside as damaged-step-{step:06d}, the run goes on from step-000010" in line
+    assert _names(tmp_path) == ["damaged-step-000020", "damaged-step-000030", "step-000010"]
+    assert choose_checkpoint(tmp_path, "auto").said == []
+
+
+def test_run_without_a_whole_checkpoint_is_refused_and_left_as_it_is(tmp_path):
+    for step, damage in ((10, _cut), (20, _flip_a_bit)):
+        damage(write_checkpoint(tmp_path, step) / MODEL_STATES)
+    with pytest.raises(UserError) as error:
+        choose_checkpoint(tmp_path, "auto")
+    assert f"step-000010: {MODEL_STATES} has" in str(error.value)
+    assert f"step-000020: {MODEL_STATES} is not what was written" in str(error.value)
+    assert _names(tmp_path) == ["step-000010", "step-000020"]
+
+
+def test_named_checkpoint_that_is_damaged_is_refused_and_left_as_it_is(tmp_path):
+    write_checkpoint(tmp_path, 10)
+    path = write_checkpoint(tmp_path, 20)
+    _flip_a_bit(path / MODEL_STATES)
+    for named in (path, tmp_path):
+        with pytest.raises(UserError, match=r"step-000020: the checkpoint is damaged: .* another SHA-256"):
+            choose_checkpoint(tmp_path / "other", str(named))
+    assert _names(tmp_path) == ["step-000010", "step-000020"]
+
+
+def test_hashes_can_be_left_out_and_sizes_are_looked_at_all_the_same(tmp_path):
+    path = write_checkpoint(tmp_path, 10) / MODEL_STATES
+    _flip_a_bit(path)
+    assert choose_checkpoint(tmp_path, "auto", verify_hashes=False).said == []
+    _cut(path)
+    with pytest.raises(UserError, match="bytes instead of"):
+        choose_checkpoint(tmp_path, "auto", verify_hashes=False)
+
+
+def test_manifest_of_another_step_or_with_other_names(tmp_path):
+    path = write_checkpoint(tmp_path, 10)
+    manifest = read_manifest(path)
+    for changes, message in (
+        ({"step": 11}, "is of step 11"),
+        ({"files": {"../step-000010/" + MODEL_STATES: [1, "a"]}}, "is not a name of a file"),
+        ({"files": {MODEL_STATES: "many"}}, "is not a name of a file with its size and hash"),
+        ({"files": {}}, "lists no files"),
+    ):
+        (path / MANIFEST).write_text(json.dumps(asdict(replace(manifest, **changes))))
+        with pytest.raises(UserError, match=message):
+            choose_checkpoint(tmp_path, "auto")
+
+
+def test_checkpoints_of_a_version_that_recorded_no_files(tmp_path):
+    path = _checkpoint(tmp_path, 20)
+    with pytest.raises(UserError, match="model states are missing, it has 0 files of optimiser states instead of 2"):
+        choose_checkpoint(tmp_path, "auto")
+    for name in (MODEL_STATES, *(f"zero_pp_rank_{rank}_mp_rank_00_optim_states.pt" for rank in range(2))):
+        (path / name).write_bytes(b"weights")
+    assert choose_checkpoint(tmp_path, "auto").path == path
+    (path / MODEL_STATES).write_bytes(b"")
+    with pytest.raises(UserError, match=f"{MODEL_STATES} is empty"):
+        choose_checkpoint(tmp_path, "auto")
+
+
+def test_nothing_to_choose(tmp_path):
+    assert choose_checkpoint(tmp_path, "auto").path is None and choose_checkpoint(tmp_path, None).path is None
+
+
+def test_a_clock_that_jumps_changes_neither_order_nor_choice(tmp_path, monkeypatch):
+    now = time.time()
+    for step, years in ((10, 0), (20, -5), (30, -10)):  # every checkpoint older than the one before it
+        jumped = now + years * 365 * 86400
+        monkeypatch.setattr(time, "time", lambda jumped=jumped: jumped)
+        path = write_checkpoint(tmp_path, step, keep=2)
+        for file in (path, *path.iterdir()):
+            os.utime(file, (jumped, jumped))
+    assert _names(tmp_path) == ["step-000020", "step-000030"]
+    assert choose_checkpoint(tmp_path, "auto").path == path
+    _cut(path / MODEL_STATES)
+    assert choose_checkpoint(tmp_path, "auto").path == tmp_path / "checkpoints" / "step-000020"

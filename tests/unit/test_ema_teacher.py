@@ -10,6 +10,7 @@ from mmd2v.models.student import build_student
 from mmd2v.models.teachers import build_teachers, load
 from mmd2v.models.teachers.ema import EMATeacher
 from mmd2v.train.averages import load_averages, save_averages
+from mmd2v.train.checkpoints.writer import CheckpointWriter
 
 
 def config_of(modality="image", **ema):
@@ -91,7 +92,7 @@ def test_the_file_of_a_checkpoint(tmp_path):
     student, teachers = build()
     move(student)
     teachers["ema"].update(student, 0.5)
-    save_averages(teachers, tmp_path)
+    save_averages(teachers, CheckpointWriter(tmp_path, None))
     _, fresh = build()
     load_averages(fresh, tmp_path)
     for name, value in fresh["ema"].average().items():
@@ -102,7 +103,7 @@ def test_the_file_of_a_checkpoint(tmp_path):
         load_averages({"other": fresh["ema"]}, tmp_path)
     with pytest.raises(UserError, match=r"found no averages\.safetensors"):
         load_averages(fresh, tmp_path / "..")
-    save_averages({}, tmp_path / "nowhere")  # nothing to write
+    save_averages({}, CheckpointWriter(tmp_path / "nowhere", None))  # nothing to write
 
 
 def test_it_needs_a_student():

@@ -8,11 +8,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from pydantic import ValidationError
+from run_checkpoints import ALONE, FOUND
 from small import StubTokenizer, random_batch, small_config
 
+from mmd2v.config.training import CheckpointConfig
 from mmd2v.data.annotation_record import Annotation
 from mmd2v.distributed.buffers import average_buffers
-from mmd2v.distributed.environment import World
 from mmd2v.errors import UserError
 from mmd2v.models.student import build_student
 from mmd2v.models.teachers import Targets
@@ -20,6 +21,7 @@ from mmd2v.models.teachers.replay import ReplayTeacher
 from mmd2v.objectives import build_objectives, memory_bank
 from mmd2v.objectives.memory_bank import UNKNOWN, MemoryBank, sample_numbers
 from mmd2v.train.checkpoints import saving
+from mmd2v.train.checkpoints.writer import CheckpointWriter
 from mmd2v.train.rank_state import load_rank_state, rank_file, save_rank_state
 
 
@@ -251,7 +253,7 @@ def test_state_goes_through_a_file(tmp_path):
     batches = list(steps(5))
     for batch, cls in batches[:2]:
         objectives(student(batch), {"t": Targets(cls)}, batch)
-    save_rank_state(objectives, tmp_path)
+    save_rank_state(objectives, CheckpointWriter(tmp_path, None))
     load_rank_state(twin, tmp_path)
     for batch, cls in batches[2:]:
         pair = [terms(student(batch), {"t": Targets(cls)}, batch)["loss"].item() for terms in (objectives, twin)]
@@ -262,7 +264,7 @@ def test_state_that_does_not_fit(tmp_path, monkeypatch):
     _, objectives = build()
     with pytest.raises(UserError, match=r"objectives_rank_00000.safetensors: missing; the checkpoint lacks"):
         load_rank_state(objectives, tmp_path)
-    save_rank_state(objectives, tmp_path)
+    save_rank_state(objectives, CheckpointWriter(tmp_path, None))
     with pytest.raises(
         UserError, match=r"bank_size: checkpoint \[10, 7\] float16 .rows of a rank., this run \[12, 7\]"
     ):
@@ -279,21 +281,22 @@ def test_state_that_does_not_fit(tmp_path, monkeypatch):
 
 
 def test_a_state_that_cannot_be_written_leaves_no_checkpoint(tmp_path, monkeypatch):
-    def full(objectives, folder):
+    def full(objectives, writer):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(saving, "_write", lambda engine, folder: None)
+    monkeypatch.setattr(saving, "_write", lambda engine, writer: None)
     monkeypatch.setattr(saving, "save_rank_state", full)
     engine = SimpleNamespace(module=SimpleNamespace(objectives=None))
-    world = World(0, 1, 0, torch.device("cpu"), "gloo")
+    checkpointer = saving.Checkpointer(tmp_path, CheckpointConfig(), ALONE)
+    checkpointer.save(engine, FOUND)
     with pytest.raises(UserError, match=r"could not be written \(rank 0: the disk is full"):
-        saving.Checkpointer(tmp_path, 1, world).save(engine, SimpleNamespace(step=3))
+        checkpointer.finish()
     assert not list((tmp_path / "checkpoints").iterdir())
 
 
 def test_objectives_that_keep_nothing_write_nothing(tmp_path):
     config = small_config()
     objectives = build_objectives(config, build_student(config, StubTokenizer()), {})
-    save_rank_state(objectives, tmp_path)
+    save_rank_state(objectives, CheckpointWriter(tmp_path, None))
     assert not list(tmp_path.iterdir())
     load_rank_state(objectives, tmp_path)

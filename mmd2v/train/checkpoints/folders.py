@@ -15,20 +15,30 @@ TEMPORARY = re.compile(r"\.step-\d{6,}(\.old)?\.tmp")
 _FOLDER = re.compile(r"step-(\d{6,})")
 _REPLACED = re.compile(r"\.(step-\d{6,})\.old\.tmp")
 _ABANDONED = "abandoned-"
+_DAMAGED = "damaged-"
 
 
 def complete_checkpoints(folder: Path) -> list[tuple[int, Path]]:
     """Return (step, path) of the finished checkpoints under ``folder``, oldest first."""
     found = []
     for path in folder.iterdir() if folder.is_dir() else ():
-        match = _FOLDER.fullmatch(path.name)
-        if match and (path / MANIFEST).is_file():
-            found.append((int(match[1]), path))
+        step = step_of(path)
+        if step is not None and (path / MANIFEST).is_file():
+            found.append((step, path))
     return sorted(found)
 
 
+def step_of(path: Path) -> int | None:
+    """Return the step that a checkpoint's folder is named after, None for another name.
+
+    Steps, and no times of files, tell which checkpoint is newer: clocks jump, and copies have other times.
+    """
+    match = _FOLDER.fullmatch(path.name)
+    return int(match[1]) if match else None
+
+
 def find_checkpoint(run_dir: Path, resume: str | None) -> Path | None:
-    """Return the checkpoint a run starts from, None for a new run.
+    """Return the checkpoint a run would start from, None for a new run; `choosing` sees whether it is whole.
 
     ``resume`` is None, ``"auto"`` (newest of ``run_dir``, if any) or a path: a checkpoint, a folder of checkpoints or
     a run directory. Raises UserError for a path without checkpoint, and when ``run_dir`` has checkpoints that nobody
@@ -76,10 +86,19 @@ def set_aside_after(run_dir: Path, step: int) -> str | None:
     aside = []
     for found, path in complete_checkpoints(run_dir / "checkpoints"):
         if found > step:
-            target = path.with_name(_ABANDONED + path.name)
-            shutil.rmtree(target, ignore_errors=True)  # of a branch that was left before
-            os.replace(path, target)
-            aside.append(target.name)
+            aside.append(_renamed(path, _ABANDONED).name)
     if not aside:
         return None
     return f"going back to step {step}; later checkpoints are set aside as {', '.join(aside)} (remove them at will)"
+
+
+def set_aside_damaged(path: Path) -> Path:
+    """Rename a checkpoint that cannot be read, so that it no longer counts, and return its new path."""
+    return _renamed(path, _DAMAGED)
+
+
+def _renamed(path: Path, prefix: str) -> Path:
+    target = path.with_name(prefix + path.name)
+    shutil.rmtree(target, ignore_errors=True)  # of an earlier time
+    os.replace(path, target)
+    return target

@@ -41,6 +41,10 @@ class Manifest:
     """Name → [shape, index of the optimiser group; null when frozen]."""
     stream: dict[str, Any] | None = None
     """Key of the config → value, of all that decides which samples come when; None: of a version that wrote none."""
+    permanent: bool = False
+    """Whether it is kept for ever."""
+    files: dict[str, list[Any]] | None = None
+    """Name → [size in bytes, SHA-256] of every other file of the checkpoint; None: of a version that wrote none."""
 
 
 def describe(

@@ -50,6 +50,7 @@ setup(
             "pytest-timeout>=2.3",
             "hypothesis>=6.100",
             "ruff>=0.9",
+            "mpi4py>=4.0",
             "xformers>=0.0.35; platform_system == 'Linux'",
         ],
     },

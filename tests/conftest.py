@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 from hypothesis import settings
+from slurm_cluster import slurm  # noqa: F401 - a fixture
 
 # Before torch is imported, here and in every process a test starts: the tests' tensors are tiny, and several processes
 # with a thread a core each would spend their time waiting for one another.

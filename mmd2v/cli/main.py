@@ -37,6 +37,9 @@ COMMANDS = {
     ),
     "data": Command("mmd2v.cli.data", "pack, generate and check shards, build a tokenizer"),
     "eval": Command("mmd2v.cli.eval", "measure an exported encoder, for example its retrieval recall"),
+    "launch": Command(
+        "mmd2v.cli.launch", "submit a run to a cluster: launch slurm CONFIG.yaml --nodes N --gpus-per-node G"
+    ),
     "export": Command("mmd2v.cli.export", "turn a run's checkpoint into a folder that mmd2v.load reads"),
     "convert": Command("mmd2v.cli.convert", "turn a public data2vec 2.0 or BEiT-2 file into a folder to train from"),
     "embed": Command("mmd2v.cli.embed", "write the embeddings of images or texts to a file"),

@@ -45,8 +45,8 @@ def main(argv: Sequence[str]) -> int:
         subject = _subject(arguments)
     except UserError as error:
         raise told_once_a_node(error) from None
-    # torch's warnings about connections that fail would hide the line that names the node.
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    # What torch logs of connections that fail, a stack of C++ calls, would hide the line that names the node.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")
     if arguments.node:
         from mmd2v.doctor.node import examine_nodes
 

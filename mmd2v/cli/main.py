@@ -44,6 +44,7 @@ COMMANDS = {
     "convert": Command("mmd2v.cli.convert", "turn a public data2vec 2.0 or BEiT-2 file into a folder to train from"),
     "embed": Command("mmd2v.cli.embed", "write the embeddings of images or texts to a file"),
     "search": Command("mmd2v.cli.search", "find images of a folder by a sentence or an image"),
+    "doctor": Command("mmd2v.cli.doctor", "check this machine, or with --node every node of a job, before training"),
 }
 
 

@@ -118,11 +118,11 @@ class Layer(nn.Module):
         if not layout.is_rectangular(modality):
             raise ValueError(f"cls_attention: the sequences of '{modality}' have different lengths")
         x_RD = layout.split(x_TD)[modality]
+        if len(x_RD) == 0:
+            return x_RD.new_zeros(0, 0, dtype=torch.float32)
         w = self.attention[SHARED if self.attention_owner == SHARED else modality]
         qkv_RE = w.qkv(w.norm(x_RD) if self.norm == "pre" else x_RD)
-        q_SLHK, k_SLHK, _ = (
-            qkv_RE.unflatten(0, (len(layout.lengths[modality]), -1)).unflatten(2, (3, self.heads, -1)).unbind(2)
-        )
+        q_SLHK, k_SLHK, _ = layout.unflatten(qkv_RE, modality).unflatten(2, (3, self.heads, -1)).unbind(2)
         logits_SHL = torch.einsum("shk,slhk->shl", q_SLHK[:, 0].float(), k_SLHK.float()) * q_SLHK.shape[-1] ** -0.5
         is_key_SL = layout.is_key(modality)
         if is_key_SL is not None:

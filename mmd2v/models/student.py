@@ -13,7 +13,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 from mmd2v.config.schema import Config, ModelConfig
 from mmd2v.data.batch import Batch
@@ -50,7 +49,13 @@ class Student(nn.Module):
         if config.token_types != "none":
             self.token_types = TokenTypes(names, config.width)
         self.layers = nn.ModuleList(
-            Layer(group, config.width, config.heads, tuple(n for n in names if n in (group.modalities or names)))
+            Layer(
+                group,
+                config.width,
+                config.heads,
+                tuple(n for n in names if n in (group.modalities or names)),
+                recompute=config.activation_checkpointing,
+            )
             for group in config.layers
             for _ in range(group.count)
         )
@@ -198,27 +203,16 @@ class Student(nn.Module):
             if i in dropped:
                 # Called without rows, not left out: its weights get a gradient, of zeros, and ZeRO-3 meets the modules
                 # of every step in the same order.
-                nothing_TD, _ = self._call_layer(layer, x_TD[:0], inner.without_rows(), with_result)
-                rows.put(inner, torch.cat([x_TD, nothing_TD]))
-            else:
-                after_TD, result_TD = self._call_layer(layer, x_TD, inner, with_result)
+                nothing = layer(x_TD[:0], inner.without_rows(), with_result)
+                rows.put(inner, torch.cat([x_TD, *(nothing if with_result else [nothing])]))
+            elif with_result:
+                after_TD, result_TD = layer(x_TD, inner, with_result=True)
                 rows.put(inner, after_TD)
-                if result_TD is not None:
-                    trace.see_result(result_TD, inner)
+                trace.see_result(result_TD, inner)
+            else:
+                rows.put(inner, layer(x_TD, inner))
             trace.see_cls(i, rows, layout)
         return rows.take(layout)
-
-    def _call_layer(
-        self, layer: Layer, x_TD: torch.Tensor, layout: Layout, with_result: bool
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Return the rows after the layer and, ``with_result``, its layer result, [T, D] each."""
-        if self.config.activation_checkpointing and self.training and torch.is_grad_enabled():
-            # An early stop would leave the layer in the middle, and DeepSpeed's record of where it is out of step.
-            with set_checkpoint_early_stop(False):
-                found = checkpoint(layer, x_TD, layout, with_result, use_reentrant=False)
-        else:
-            found = layer(x_TD, layout, with_result)
-        return found if with_result else (found, None)
 
     def _pair(
         self,

@@ -159,6 +159,10 @@ class LayerConfig(Section):
     mlp_ratio: float = Field(4.0, gt=0, description="hidden width of the MLP as a multiple of the width")
     layer_scale: float | None = Field(None, description="initial value of the residual branches' learned scale")
     drop_path: Rate = Field(0.0, description="probability that a sequence skips a residual branch in training")
+    layer_drop: Rate = Field(
+        0.0,
+        description="probability that a step of training skips a layer of the group, for all samples on all ranks",
+    )
     dropout: Rate = Field(0.0, description="dropout probability on each branch's output in training")
     init: dict[str, InitConfig | list[InitConfig]] = Field(
         default_factory=dict,
@@ -243,6 +247,11 @@ class ModelConfig(Section):
     )
     init_deviation: float = Field(
         0.02, gt=0, description="standard deviation of new weights (BERT's 0.02 suits D = 768; narrow models want more)"
+    )
+    activation_checkpointing: bool = Field(
+        False,
+        description="keep of each layer its input alone and compute the rest again in the backward pass: less memory "
+        "for about a third more time",
     )
     freeze: list[str] = Field(
         default_factory=list, description="parameters kept fixed: wildcards over names, such as `layers.0.*`"

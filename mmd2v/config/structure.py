@@ -11,8 +11,12 @@ from typing import Any
 
 from mmd2v.config.model import LayerConfig, ModelConfig
 
-NOT_STRUCTURE = frozenset({"dropout", "drop_path", "token_drop", "masking", "init", "weights", "sources"})
-"""Keys of the model section that may change on the way: they make noise, or name where first weights came from."""
+NOT_STRUCTURE = frozenset(
+    {"dropout", "drop_path", "layer_drop", "token_drop", "masking", "init", "weights", "sources"}
+    | {"activation_checkpointing"}
+)
+"""Keys of the model section that may change on the way: they make noise, name where first weights came from, or trade
+time for memory."""
 
 _CHOSEN_ANEW = {"projection", "freeze", "init_deviation", "joint_from"}
 """Keys of the model section that another run may set as it likes: what it trains, its projection, which layers a pair

@@ -22,7 +22,7 @@ class Batch:
     """One rank's share of a step. Text is packed: no padding on the wire."""
 
     images: torch.Tensor
-    """uint8 [B, 3, H, W], RGB, not normalised; [B, 3, 0, 0] where only text is trained."""
+    """uint8 [B, 3, H, W], RGB, not normalised; [B, 3, 0, 0] where the samples have none."""
     text_ids: torch.Tensor
     """int32 [S], the ids of all captions end to end."""
     text_lengths: torch.Tensor
@@ -48,11 +48,20 @@ class Batch:
     arrays: dict[str, torch.Tensor] = field(default_factory=dict)
     """Name in ``data.arrays`` → float32 [B, …], of those that an encoder sees; zeros for a damaged sample."""
     draw_seed: int | None = None
-    """Seed of what is drawn a sample and must not depend on the ranks (masks), the same on every rank and another in
-    every step; None: torch's generator decides."""
+    """Seed of what is drawn and must not depend on the ranks (masks, dropped layers), the same on every rank and
+    another in every step; None: torch's generator decides on masks, and no layer is dropped."""
 
     def __len__(self) -> int:
         return self.images.shape[0]
+
+    @property
+    def image_count(self) -> int:
+        """Number of images: B, or 0 where the samples have none."""
+        return len(self) if self.images.shape[-1] else 0
+
+    def square_images(self, size: int) -> torch.Tensor:
+        """Return the images; [0, 3, size, size] where there are none, so that a model can be called all the same."""
+        return self.images if self.image_count else self.images.new_zeros(0, 3, size, size)
 
     def pin_memory(self) -> Batch:
         """Pin every tensor, so that the copy to a CUDA device can overlap with work."""

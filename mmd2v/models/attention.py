@@ -20,6 +20,8 @@ logger = logging.getLogger(__name__)
 
 def attend(q_THK: torch.Tensor, k_THK: torch.Tensor, v_THK: torch.Tensor, layout: Layout) -> torch.Tensor:
     """Return softmax(q kᵀ / √K) v within every sequence of ``layout``, [T, H, K]."""
+    if len(q_THK) == 0:
+        return v_THK  # nothing to see, on the way to whose weights the gradient of nothing goes
     if layout.joint:
         return _attend_joint(q_THK, k_THK, v_THK, layout)
     # Rows of padding (a reproduction of the source alone has them) need a mask that xformers' packed form has not.
@@ -66,16 +68,16 @@ def attend_sdpa(q_THK: torch.Tensor, k_THK: torch.Tensor, v_THK: torch.Tensor, l
         if len(qkv[0]) == 0:
             parts.append(qkv[2])
         elif layout.is_rectangular(modality):
-            parts.append(_rectangular(*qkv, len(layout.lengths[modality]), layout.is_key(modality)))
+            parts.append(_rectangular(*(layout.unflatten(x, modality) for x in qkv), layout.is_key(modality)))
         else:
             parts.append(_padded(*qkv, layout, modality))
     return (parts[0] if len(parts) == 1 else torch.cat(parts)).to(dtype)
 
 
 def _rectangular(
-    q_RHK: torch.Tensor, k_RHK: torch.Tensor, v_RHK: torch.Tensor, sequences: int, is_key_SL: torch.Tensor | None
+    q_SLHK: torch.Tensor, k_SLHK: torch.Tensor, v_SLHK: torch.Tensor, is_key_SL: torch.Tensor | None
 ) -> torch.Tensor:
-    q_SHLK, k_SHLK, v_SHLK = (x.unflatten(0, (sequences, -1)).transpose(1, 2) for x in (q_RHK, k_RHK, v_RHK))
+    q_SHLK, k_SHLK, v_SHLK = (x.transpose(1, 2) for x in (q_SLHK, k_SLHK, v_SLHK))
     mask = None if is_key_SL is None else is_key_SL[:, None, None, :]
     return _sdpa(q_SHLK, k_SHLK, v_SHLK, mask).transpose(1, 2).flatten(0, 1)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 from mmd2v.config.schema import LayerConfig
 from mmd2v.models.attention import attend
@@ -68,10 +69,17 @@ def _layer_scale(width: int, config: LayerConfig) -> nn.Parameter | None:
 
 
 class Layer(nn.Module):
-    """Self-attention within each sequence, then the MLP; all modalities go through in one packed call."""
+    """Self-attention within each sequence, then the MLP; all modalities go through in one packed call.
 
-    def __init__(self, config: LayerConfig, width: int, heads: int, modalities: tuple[str, ...]) -> None:
+    ``recompute`` keeps in training the layer's input alone and computes it again in the backward pass, with the same
+    draws.
+    """
+
+    def __init__(
+        self, config: LayerConfig, width: int, heads: int, modalities: tuple[str, ...], recompute: bool = False
+    ) -> None:
         super().__init__()
+        self.recompute = recompute
         self.modalities = modalities
         self.norm = config.norm
         self.heads = config.heads or heads
@@ -92,6 +100,17 @@ class Layer(nn.Module):
 
         ``with_result`` returns beside them the MLP's output before scales and residual [T, D], data2vec's layer result.
         """
+        if not (self.recompute and self.training and torch.is_grad_enabled()):
+            return self._compute(x_TD, layout, with_result)
+        # Within this module's forward and not around it: ZeRO-3 would take the second pass for a forward pass, and
+        # release the weights after it that the backward pass is about to need. Nor may that pass stop early, in the
+        # middle of a module.
+        with set_checkpoint_early_stop(False):
+            return checkpoint(self._compute, x_TD, layout, with_result, use_reentrant=False)
+
+    def _compute(
+        self, x_TD: torch.Tensor, layout: Layout, with_result: bool
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         x_TD = self._attention(x_TD, layout)
         if layout.joint and JOINT in self.mlp:
             ranges = {JOINT: slice(0, layout.total)}
@@ -118,11 +137,11 @@ class Layer(nn.Module):
         if not layout.is_rectangular(modality):
             raise ValueError(f"cls_attention: the sequences of '{modality}' have different lengths")
         x_RD = layout.split(x_TD)[modality]
+        if len(x_RD) == 0:
+            return x_RD.new_zeros(0, 0, dtype=torch.float32)
         w = self.attention[SHARED if self.attention_owner == SHARED else modality]
         qkv_RE = w.qkv(w.norm(x_RD) if self.norm == "pre" else x_RD)
-        q_SLHK, k_SLHK, _ = (
-            qkv_RE.unflatten(0, (len(layout.lengths[modality]), -1)).unflatten(2, (3, self.heads, -1)).unbind(2)
-        )
+        q_SLHK, k_SLHK, _ = layout.unflatten(qkv_RE, modality).unflatten(2, (3, self.heads, -1)).unbind(2)
         logits_SHL = torch.einsum("shk,slhk->shl", q_SLHK[:, 0].float(), k_SLHK.float()) * q_SLHK.shape[-1] ** -0.5
         is_key_SL = layout.is_key(modality)
         if is_key_SL is not None:

@@ -63,7 +63,8 @@ class Masking:
     def __call__(self, batch: Batch, layout: Layout, modality: str) -> Mask:
         """Return new masks for the sequences of ``modality`` in ``layout``."""
         config, device = self.config, layout.device
-        keys_S1 = sequence_keys(batch, self.kind)[:, None]
+        sequences = len(layout.lengths[modality])  # none where the samples have no image
+        keys_S1 = sequence_keys(batch, self.kind)[:sequences, None]
         keys_C = draw(keys_S1, torch.arange(1, config.masks + 1, device=device)).flatten()
         lengths = np.repeat(layout.lengths[modality], config.masks)
         visible_lengths = self.visible_tokens(lengths)
@@ -121,7 +122,7 @@ def draw_blocks(keys_C: torch.Tensor, grid: tuple[int, int], count: int, side: i
     is_centre_CP = torch.zeros(len(keys_C), rows * columns, device=keys_C.device).scatter_(1, centres, 1.0)
     # A block reaches side // 2 up and left of its centre: a patch looks for centres the other way round.
     before, after = side - 1 - side // 2, side // 2
-    padded = F.pad(is_centre_CP.view(-1, 1, rows, columns), (before, after, before, after))
+    padded = F.pad(is_centre_CP.view(len(keys_C), 1, rows, columns), (before, after, before, after))
     return F.max_pool2d(padded, side, stride=1)[:, 0] > 0
 
 

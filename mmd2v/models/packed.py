@@ -130,7 +130,7 @@ class Layout:
         """Return int64 [rows]: the sequence each row belongs to, of one modality or (None) of all."""
 
         def build() -> torch.Tensor:
-            lengths = np.asarray(self.all_lengths) if modality is None else self.lengths[modality]
+            lengths = np.asarray(self.all_lengths, np.int64) if modality is None else self.lengths[modality]
             return self.on_device(np.repeat(np.arange(len(lengths)), lengths))
 
         return self._once(("sequence_of_row", modality), build)
@@ -168,8 +168,24 @@ class Layout:
         """Return the modality's rows as [S, longest, …]; what fills a shorter sequence is without meaning."""
         rows_RX = self.split(x_TX)[modality] if len(x_TX) == self.total else x_TX
         if self.is_rectangular(modality):
-            return rows_RX.unflatten(0, (len(self.lengths[modality]), -1))
+            return self.unflatten(rows_RX, modality)
         return rows_RX[self.padding(modality).row_of_slot]
+
+    def unflatten(self, rows_RX: torch.Tensor, modality: str) -> torch.Tensor:
+        """Return the rows of a modality whose sequences are equally long as [S, tokens, …], a view."""
+        # Not -1 for the tokens: of no sequence there is no telling.
+        lengths = self.lengths[modality]
+        return rows_RX.unflatten(0, (len(lengths), int(lengths.max(initial=0))))
+
+    def without_rows(self) -> Layout:
+        """Return the layout of no sequence of the same modalities (cached)."""
+
+        def build() -> Layout:
+            nothing = np.zeros(0, np.int64)
+            keys = dict.fromkeys((*self.keys, *self.key_masks), nothing)
+            return Layout(dict.fromkeys(self.lengths, nothing), self.device, keys, joint=self.joint)
+
+        return self._once(("without_rows",), build)
 
     def is_token(self, modality: str) -> torch.Tensor | None:
         """Return bool [S, longest]: which slots of `rectangle` hold a real token; None where all do."""

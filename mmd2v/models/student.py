@@ -21,6 +21,7 @@ from mmd2v.errors import UserError
 from mmd2v.models.encoders import ENCODERS, LIBRARY_PARTS, Encoded, EncoderContext
 from mmd2v.models.heads import Projection, TokenTypes
 from mmd2v.models.initialisation import init_encoders, init_everything, init_from_sources, init_random
+from mmd2v.models.layer_drop import dropped_layers
 from mmd2v.models.layers import SHARED, Layer
 from mmd2v.models.masking import Mask, build_maskings, gather_visible
 from mmd2v.models.packed import Layout, Packed
@@ -48,10 +49,17 @@ class Student(nn.Module):
         if config.token_types != "none":
             self.token_types = TokenTypes(names, config.width)
         self.layers = nn.ModuleList(
-            Layer(group, config.width, config.heads, tuple(n for n in names if n in (group.modalities or names)))
+            Layer(
+                group,
+                config.width,
+                config.heads,
+                tuple(n for n in names if n in (group.modalities or names)),
+                recompute=config.activation_checkpointing,
+            )
             for group in config.layers
             for _ in range(group.count)
         )
+        self.layer_drop = [group.layer_drop for group in config.layers for _ in range(group.count)]
         self.typed_layer = self._typed_layer()
         if config.joint_from is not None and config.joint_from >= len(self.layers):
             raise UserError(
@@ -77,12 +85,17 @@ class Student(nn.Module):
 
         ``encoded`` is the output of the modalities whose frozen encoder has run already; ``wanted`` says what to keep
         besides the last layer's output.
+
+        Every encoder, layer and projection is called whatever the batch holds, of a modality that it lacks with no
+        rows: under ZeRO all ranks must call the same modules, and all parameters have a gradient.
         """
         names = modalities or tuple(self.encoders)
+        dropped = self._draw_dropped(batch, wanted)
         layout, entered = self._encode_inputs(batch, names, encoded or {})
         layout, entered, masks = self._mask(batch, layout, entered)
         trace = Trace(wanted)
-        tokens = Packed(self._run_layers(layout, {n: one.rows for n, one in entered.items()}, trace), layout)
+        rows = {name: one.rows for name, one in entered.items()}
+        tokens = Packed(self._run_layers(layout, rows, trace, dropped), layout)
         pooled = {name: self._pool(tokens, name) for name in tokens.layout.modalities}
         embedding = {
             name: F.normalize(self.projection(pooled_SD, name).float(), dim=-1) for name, pooled_SD in pooled.items()
@@ -98,7 +111,7 @@ class Student(nn.Module):
             masks=masks,
             visible={name: self.norm(tokens[name]) for name in masks},
             cls_attention=trace.cls_attention,
-            pair=None if trace.before_joint is None else partial(self._pair, trace.before_joint, layout),
+            pair=None if trace.before_joint is None else partial(self._pair, trace.before_joint, layout, dropped),
         )
 
     def encode_image(self, images: torch.Tensor) -> torch.Tensor:
@@ -156,8 +169,20 @@ class Student(nn.Module):
             lengths[name] = mask.visible_lengths
         return Layout(lengths, layout.device, layout.keys), entered, masks
 
+    def _draw_dropped(self, batch: Batch, wanted: Wanted) -> frozenset[int]:
+        """Return the layers that this step skips; a modality whose layer results are wanted keeps one of its own."""
+        if not self.training:
+            return frozenset()
+        own = [[i for i, layer in enumerate(self.layers) if name in layer.modalities] for name in wanted.results]
+        return dropped_layers(batch.draw_seed, self.layer_drop, own)
+
     def _run_layers(
-        self, layout: Layout, entered: dict[str, torch.Tensor], trace: Trace, first: int = 0
+        self,
+        layout: Layout,
+        entered: dict[str, torch.Tensor],
+        trace: Trace,
+        dropped: frozenset[int],
+        first: int = 0,
     ) -> torch.Tensor:
         """Return the rows of all modalities after the last layer, [T, D]; ``first`` is the first layer they pass."""
         rows = Rows(dict(entered))
@@ -174,17 +199,28 @@ class Student(nn.Module):
                 continue
             x_TD = rows.take(inner)
             trace.see_attention(layer, x_TD, inner, [name for name in inner.modalities if last[name] == i])
-            if trace.wanted.results.isdisjoint(inner.modalities):
-                rows.put(inner, layer(x_TD, inner))
-            else:
+            with_result = not trace.wanted.results.isdisjoint(inner.modalities)
+            if i in dropped:
+                # Called without rows, not left out: its weights get a gradient, of zeros, and ZeRO-3 meets the modules
+                # of every step in the same order.
+                nothing = layer(x_TD[:0], inner.without_rows(), with_result)
+                rows.put(inner, torch.cat([x_TD, *(nothing if with_result else [nothing])]))
+            elif with_result:
                 after_TD, result_TD = layer(x_TD, inner, with_result=True)
                 rows.put(inner, after_TD)
                 trace.see_result(result_TD, inner)
+            else:
+                rows.put(inner, layer(x_TD, inner))
             trace.see_cls(i, rows, layout)
         return rows.take(layout)
 
     def _pair(
-        self, before: dict[str, torch.Tensor], layout: Layout, image_P: torch.Tensor, text_P: torch.Tensor
+        self,
+        before: dict[str, torch.Tensor],
+        layout: Layout,
+        dropped: frozenset[int],
+        image_P: torch.Tensor,
+        text_P: torch.Tensor,
     ) -> torch.Tensor:
         """Run the layers from `joint_from` on over pairs of an image and a text; see `StudentOutput.pair`."""
         image, text = self._name("image"), self._name("text")
@@ -204,7 +240,7 @@ class Student(nn.Module):
         )
         assert self.config.joint_from is not None
         entered = {image: image_PLD.flatten(0, 1), text: text_PLD.flatten(0, 1)}
-        x_TD = self._run_layers(pairs, entered, Trace(NOTHING_MORE), self.config.joint_from)
+        x_TD = self._run_layers(pairs, entered, Trace(NOTHING_MORE), dropped, self.config.joint_from)
         return self.norm(pairs.split(x_TD)[text][pairs.first_rows(text)])
 
     def _typed_layer(self) -> int:
@@ -233,11 +269,13 @@ class Student(nn.Module):
         rows_RD = self.norm(rows_RD)
         lengths = layout.lengths[modality]
         is_key_SL = layout.is_key(modality)
+        if len(lengths) == 0:
+            return rows_RD
         if is_key_SL is not None and self.config.pooling[modality] == "mean":
             real_SL1 = is_key_SL[..., None].to(rows_RD.dtype)
-            return (rows_RD.unflatten(0, (len(lengths), -1)) * real_SL1).sum(dim=1) / real_SL1.sum(dim=1)
+            return (layout.unflatten(rows_RD, modality) * real_SL1).sum(dim=1) / real_SL1.sum(dim=1)
         if layout.is_rectangular(modality):
-            return rows_RD.unflatten(0, (len(lengths), -1)).mean(dim=1)
+            return layout.unflatten(rows_RD, modality).mean(dim=1)
         total_SD = torch.zeros(len(lengths), rows_RD.shape[1], dtype=rows_RD.dtype, device=rows_RD.device)
         total_SD = total_SD.index_add(0, layout.sequence_of_row(modality), rows_RD)
         return total_SD / layout.lengths_on_device(modality).to(rows_RD.dtype)[:, None]

@@ -44,5 +44,6 @@ class Attributes(Objective):
         labels_BA, weights_B = batch.labels, batch.weights
         if self.is_text:  # rows are captions, of which an image may have several
             labels_BA, weights_B = labels_BA[batch.caption_image], batch.caption_weights
+        labels_BA = labels_BA[: len(logits_BA)]  # none where the samples have no image
         loss_BA = F.binary_cross_entropy_with_logits(logits_BA, labels_BA, reduction="none")
         return {"attributes_loss": weighted_mean(loss_BA, weights_B, batch.mean_over)}

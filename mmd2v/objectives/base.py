@@ -56,7 +56,10 @@ def weighted_mean(
 
     The mean divides by all rows, whatever their weights: the sum over ranks is the same however the rows lie on them.
     Where micro-batches have different numbers of rows, it divides by ``mean_over`` instead of B: see `Batch.mean_over`.
+    Of no rows it is 0, with a gradient of zeros.
     """
+    if loss_BX.shape[0] == 0:
+        return loss_BX.sum()
     if weights_B is not None:
         loss_BX = loss_BX * weights_B.view((-1,) + (1,) * (loss_BX.ndim - 1))
     mean = loss_BX.mean()

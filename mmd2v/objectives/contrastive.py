@@ -64,7 +64,7 @@ class Contrastive(Objective):
 
     def forward(self, output: StudentOutput, targets: Mapping[str, Targets], batch: Batch) -> dict[str, torch.Tensor]:
         """Return ``contrastive_loss`` and ``contrastive_loss/layerI``."""
-        same_number_on_ranks(batch, "contrastive")
+        same_number_on_ranks(batch, "contrastive", self.pair.inputs)
         owners = self.pair.owners(batch)
         weights = _weights(owners)
         losses = {}

@@ -60,6 +60,7 @@ class ContrastiveTarget(Objective):
         teacher = teachers[config.teacher]
         self.teacher_is_text = teacher.modality == "text"
         self.modalities = config.modalities or list(student.inputs)
+        self.inputs = [student.inputs[name] for name in self.modalities]
         self.is_text = {name: student.inputs[name] == "text" for name in self.modalities}
         owners = ["shared"] if config.shared_head else self.modalities
         self.heads = nn.ModuleDict(
@@ -74,8 +75,10 @@ class ContrastiveTarget(Objective):
 
     def forward(self, output: StudentOutput, targets: Mapping[str, Targets], batch: Batch) -> dict[str, torch.Tensor]:
         """Return ``contrastive_target_loss/MODALITY``; in training, put the step's targets into the bank."""
-        same_number_on_ranks(batch, "contrastive_target")
-        keys = self._keys(targets[self.config.teacher].cls_BD, batch)
+        cls_RC = targets[self.config.teacher].cls_BD
+        unseen = [] if len(cls_RC) else ["text" if self.teacher_is_text else "image"]  # it had nothing to see
+        same_number_on_ranks(batch, "contrastive_target", [*self.inputs, *unseen])
+        keys = self._keys(cls_RC, batch)
         scale = self.scale()
         losses = {}
         for modality in self.modalities:

@@ -79,6 +79,8 @@ class Data2Vec(Objective):
         if modality not in output.masks:
             raise ValueError(f"{self.where}: the student's forward pass of '{modality}' was not in training mode")
         mask, x_VD = output.masks[modality], output.visible[modality]
+        if len(mask.lengths) == 0:
+            return self._of_no_sample(x_VD)
         target_SLD, is_token_SL = self._target(targets[self.config.teacher], mask)
         length = target_SLD.shape[1]
         visible, hidden, rows_VD = self._places(mask, x_VD)
@@ -126,6 +128,17 @@ class Data2Vec(Objective):
             )
         modality = self.config.modality
         return {f"data2vec/target_var/{modality}": target, f"data2vec/prediction_var/{modality}": prediction}
+
+    def _of_no_sample(self, x_VD: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Return losses of 0 that depend on every weight as those of other batches do."""
+        modality, grid = self.config.modality, self.decoder.grid
+        nothing_CLD = x_VD[:, None].expand(-1, grid[0] * grid[1] if grid else 1, -1)
+        prediction_HD = self.decoder(nothing_CLD, torch.zeros(0, dtype=torch.int64, device=x_VD.device)).float()
+        self._observe(torch.zeros_like(prediction_HD), prediction_HD.detach())
+        losses = {f"data2vec_loss/{modality}": prediction_HD.sum()}
+        if self.cls_weight:
+            losses[f"data2vec_cls_loss/{modality}"] = x_VD.float().sum()
+        return losses
 
     def _target(self, teacher: Targets, mask: Mask) -> tuple[torch.Tensor, torch.Tensor | None]:
         """[S, L, D] and which of them are real tokens (None: all)."""

@@ -73,6 +73,9 @@ class LayerResults(Objective):
         assert output.tokens is not None
         modality, layout = self.config.modality, output.tokens.layout
         teacher = targets[self.config.teacher]
+        if len(layout.lengths[modality]) == 0:
+            nothing = torch.cat(output.results[modality]).float().sum()
+            return {f"layer_results_loss/{modality}": nothing}
         own = [layout.rectangle(rows_RD, modality) for rows_RD in output.results[modality]]
         is_token_BT = None if self.config.count_padding else layout.is_token(modality)
         if own[0].shape != teacher.layer_results[0].shape:

@@ -6,7 +6,7 @@ other are samples.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -38,7 +38,8 @@ class Pair:
         self.first, self.second = _named(between, inputs, where, kind)
         if inputs[self.first] == "text" and inputs[self.second] != "text":
             self.first, self.second = self.second, self.first
-        self.texts = [inputs[name] == "text" for name in (self.first, self.second)]
+        self.inputs = [inputs[name] for name in (self.first, self.second)]
+        self.texts = [one == "text" for one in self.inputs]
 
     @property
     def names(self) -> tuple[str, str]:
@@ -81,8 +82,10 @@ def paired(
     """Return rows of one sample side by side [q, …], and the weight of each (None: all count), all of this rank.
 
     A caption has its sample's target; a sample is repeated for each of its captions' targets. Rows are captions as
-    soon as one of the two sides is text.
+    soon as one of the two sides is text. Where the batch lacks one side, there are no rows.
     """
+    if 0 in (len(own), len(target)):
+        return own[:0], target[:0], None
     if not (own_is_text or target_is_text):
         return own, target, batch.weights
     own = own if own_is_text else own[batch.caption_image]
@@ -90,7 +93,16 @@ def paired(
     return own, target, batch.caption_weights
 
 
-def same_number_on_ranks(batch: Batch, kind: str) -> None:
-    """Raise UserError where the ranks have different numbers of samples, so that rows could not be gathered."""
+def same_number_on_ranks(batch: Batch, kind: str, inputs: Iterable[str]) -> None:
+    """Raise UserError where the ranks have different numbers of rows, which could not be gathered.
+
+    ``inputs`` is what the modalities see whose rows are.
+    """
     if batch.mean_over is not None:
         raise UserError(f"{kind}: the ranks must have equally many samples; data.batch_tokens does not give that")
+    counts = {"image": batch.image_count, "text": len(batch.text_lengths)}
+    for name in inputs:
+        if counts.get(name, 1) == 0:
+            raise UserError(
+                f"{kind}: the ranks must have equally many samples, and a micro-batch of rank {rank()} has no {name}"
+            )

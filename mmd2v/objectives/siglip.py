@@ -37,7 +37,7 @@ class SigLIP(Objective):
 
     def forward(self, output: StudentOutput, targets: Mapping[str, Targets], batch: Batch) -> dict[str, torch.Tensor]:
         """Return ``siglip_loss``."""
-        same_number_on_ranks(batch, "siglip")
+        same_number_on_ranks(batch, "siglip", self.pair.inputs)
         owners = self.pair.owners(batch)
         first_bD, second_nD = (output.embedding[name] for name in self.pair.names)
         weights = None

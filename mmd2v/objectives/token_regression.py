@@ -44,6 +44,8 @@ class TokenRegression(Objective):
         modality, layout = self.config.modality, output.tokens.layout
         target_BTC = targets[self.config.teacher].tokens_BTD
         own_BTD = layout.rectangle(output.tokens.x_TD, modality)
+        if len(own_BTD) == 0:
+            return {f"token_regression_loss/{modality}": self.head(own_BTD).float().sum()}
         is_token_BT = layout.is_token(modality)
         assert target_BTC is not None  # it has a token width
         if target_BTC.shape[1] == own_BTD.shape[1] - 1:  # a CNN's map has no CLS

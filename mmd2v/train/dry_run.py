@@ -15,6 +15,7 @@ from rich.table import Table
 from mmd2v.config.batch_plan import BatchPlan, plan_batches, total_steps
 from mmd2v.config.load import dump_config
 from mmd2v.config.schema import Config
+from mmd2v.config.structure import each_layer
 from mmd2v.data.batch import Batch
 from mmd2v.data.stream import train_facts
 from mmd2v.distributed import environment
@@ -190,8 +191,9 @@ def estimate_memory(config: Config, parts: Parts, batch: Batch, ranks: int) -> M
     """Estimate a rank's memory (ZeRO: Rajbhandari et al. 2020, section 3); activations to a factor of about two.
 
     Adam keeps two fp32 averages, and a fp32 copy of half-precision weights. Stage 1 divides these by the ranks,
-    stage 2 the gradients, stage 3 the weights. A layer keeps about 8 + 2 · mlp_ratio values of its width a token. The
-    bank is what an objective keeps from step to step, a rank's share of it.
+    stage 2 the gradients, stage 3 the weights. A layer keeps about 8 + 2 · mlp_ratio values of its width a token; with
+    checkpoints of activations one layer at a time does, and every other its input. The bank is what an objective keeps
+    from step to step, a rank's share of it.
     """
     engine = config.engine
     half = engine.precision in ("bf16", "fp16")
@@ -201,7 +203,10 @@ def estimate_memory(config: Config, parts: Parts, batch: Batch, ranks: int) -> M
     share = [1 if engine.zero_stage < stage else ranks for stage in (1, 2, 3)]
     encoders = [encoder for encoder in parts.student.encoders.values() if isinstance(encoder, ModalityEncoder)]
     tokens = sum(int(encoder.lengths(batch).sum()) for encoder in encoders)
-    layer_values = sum(group.count * (8 + 2 * group.mlp_ratio) for group in config.model.layers)
+    of_layer = [8 + 2 * layer.mlp_ratio for layer in each_layer(config.model)]
+    layer_values = sum(of_layer)
+    if config.model.activation_checkpointing:
+        layer_values = len(of_layer) + max(of_layer, default=0)
     return MemoryEstimate(
         weights=(trainable + frozen) * size / share[2],
         gradients=trainable * size / share[1],

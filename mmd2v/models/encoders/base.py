@@ -53,7 +53,9 @@ class Encoded(NamedTuple):
 class ModalityEncoder(nn.Module):
     """Base class. Subclasses implement :meth:`lengths` and :meth:`forward`.
 
-    Text encoders also set ``vocab_size`` (rows of the embedding table) and ``max_length`` (positions, None: any).
+    Both must take a batch that lacks what the encoder sees, and ``forward`` then call the same modules as ever with no
+    rows, as every rank must under ZeRO. Text encoders also set ``vocab_size`` (rows of the embedding table) and
+    ``max_length`` (positions, None: any).
     """
 
     def __init__(self, config: EncoderConfig) -> None:

@@ -23,6 +23,7 @@ class PatchEncoder(ModalityEncoder):
             raise UserError(
                 f"data.image.size: found {context.image_size}, expected a multiple of patch_size {config.patch_size}"
             )
+        self.image_size = context.image_size
         self.normalize = Normalize(context.image_mean, context.image_std)
         self.proj = nn.Conv2d(3, context.width, config.patch_size, config.patch_size)
         self.grid = FixedGrid(config, context.width, (side, side), context.width)
@@ -31,9 +32,9 @@ class PatchEncoder(ModalityEncoder):
 
     def lengths(self, batch: Batch) -> np.ndarray:
         """Return the same number of tokens for every image."""
-        return np.full(len(batch), self.grid.tokens)
+        return np.full(batch.image_count, self.grid.tokens)
 
     def forward(self, batch: Batch, layout: Layout, modality: str) -> Encoded:
         """Return [B · tokens, D]."""
-        x_BDhw = self.proj(self.normalize(batch.images, self.proj.weight.dtype))
+        x_BDhw = self.proj(self.normalize(batch.square_images(self.image_size), self.proj.weight.dtype))
         return Encoded(self.grid(x_BDhw.flatten(2).transpose(1, 2)))

@@ -18,6 +18,8 @@ from mmd2v.models.encoders.base import Encoded
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
+_STAND_IN_SIZE = 32  # pixels; teachers resize what they are given
+
 logger = logging.getLogger(__name__)
 
 
@@ -68,6 +70,8 @@ class Teacher(nn.Module):
     """Rows of its token embedding table; None for a teacher of images."""
     max_length: int | None = None
     """Positions it has, in tokens; None: any number, or a teacher of images."""
+    takes_nothing = False
+    """Whether `encode` can take a batch that lacks what the teacher sees; a library's model is seldom able to."""
 
     def __init__(self, config: TeacherConfig) -> None:
         super().__init__()
@@ -126,12 +130,38 @@ class Teacher(nn.Module):
 
     @torch.no_grad()
     def forward(self, batch: Batch) -> Targets:
-        """Return the targets of a batch on the teacher's device."""
+        """Return the targets of a batch on the teacher's device, of no row where it lacks what the teacher sees."""
+        sequences = len(batch.text_lengths) if self.modality == "text" else batch.image_count
         # A surrounding autocast must not change the precision that the config asks for.
         with torch.autocast(batch.images.device.type, enabled=False):
-            targets = self.encode(batch)
+            if sequences or self.takes_nothing:
+                targets = self.encode(batch)
+            else:
+                targets = _without_rows(self.encode(_stand_in(batch)))
         return replace(targets, cls_BD=targets.cls_BD.float())
 
     def encode(self, batch: Batch) -> Targets:
         """Return the raw outputs in the teacher's precision."""
         raise NotImplementedError  # an abstract method
+
+
+def _stand_in(batch: Batch) -> Batch:
+    """Return a batch of one black image with a text of one token."""
+    device = batch.images.device
+    return Batch(
+        images=torch.zeros(1, 3, _STAND_IN_SIZE, _STAND_IN_SIZE, dtype=torch.uint8, device=device),
+        text_ids=torch.zeros(1, dtype=torch.int32, device=device),
+        text_lengths=torch.ones(1, dtype=torch.int32),
+        caption_image=torch.zeros(1, dtype=torch.int64, device=device),
+    )
+
+
+def _without_rows(targets: Targets) -> Targets:
+    """Return the targets' form without any row."""
+    return Targets(
+        targets.cls_BD[:0],
+        None if targets.tokens_BTD is None else targets.tokens_BTD[:0],
+        [result_BTD[:0] for result_BTD in targets.layer_results],
+        None if targets.is_token_BT is None else targets.is_token_BT[:0],
+        None if targets.cls_attention_BT is None else targets.cls_attention_BT[:0],
+    )

@@ -15,6 +15,8 @@ from mmd2v.models.teachers.base import Targets, Teacher
 class ReplayTeacher(Teacher):
     """Gives what `mmd2v data annotate` stored of the teacher ``name`` and the loader put into the batch."""
 
+    takes_nothing = True
+
     def __init__(self, name: str, config: TeacherConfig, annotation: Annotation) -> None:
         super().__init__(config)
         self.name = name

@@ -23,6 +23,8 @@ from mmd2v.models.teachers.base import Targets, Teacher
 class StudentTeacher(Teacher):
     """The modality ``name`` of ``model``; ``image_size`` is the side of its input, None for text."""
 
+    takes_nothing = True
+
     def __init__(self, model: Student, name: str, image_size: int | None, config: TeacherConfig) -> None:
         super().__init__(config)
         self.model = model
@@ -59,7 +61,7 @@ class StudentTeacher(Teacher):
 
     def encode(self, batch: Batch) -> Targets:
         """Return CLS, tokens and what is needed besides."""
-        if self.image_size is not None and self.config.shared_encoder is None:
+        if self.image_size is not None and self.config.shared_encoder is None and batch.image_count:
             batch = replace(batch, images=resize(batch.images, self.image_size).round().to(torch.uint8))
         only = frozenset({self.name})
         wanted = Wanted(

@@ -46,8 +46,9 @@ AVERAGE: dict[str, Any] = {
     "teachers": {
         "ema": {
             "name": "ema:image",
+            "modality": "image",
             "precision": "fp32",
-            "ema": {"decay": 0.6, "final_decay": 0.9, "decay_steps": 3, "encoder": True},
+            "ema": {"decay": 0.5, "decay_end": 0.9, "encoder": True},
         }
     },
     "objectives": [
@@ -94,6 +95,10 @@ def _state(engine: Any) -> dict[str, Any]:
 
     optimizer, found = engine.deepspeed.optimizer, {}
     inner = getattr(optimizer, "optimizer", optimizer)
+    if engine.config.engine.zero_stage in (1, 2):
+        # DeepSpeed links the moments of the first group alone.
+        optimizer._hp_optimizer_states_linked = False
+        optimizer._lazy_init_hp_params_optimizer_state()
     for name, parameter in engine.module.named_parameters():
         with engine.gathered([parameter]):
             found[name] = _digest(parameter)

@@ -6,9 +6,7 @@ import contextlib
 import os
 from collections.abc import Iterator
 
-import torch
-
-from mmd2v.train.checkpoints.storage import deepspeed_classes
+from mmd2v.train.checkpoints.storage import allowed_classes
 
 _WEIGHTS_ONLY = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
 
@@ -22,7 +20,7 @@ def plain_values_only() -> Iterator[None]:
     before = os.environ.get(_WEIGHTS_ONLY)
     os.environ[_WEIGHTS_ONLY] = "1"
     try:
-        with torch.serialization.safe_globals(deepspeed_classes()):
+        with allowed_classes():
             yield
     finally:
         os.environ.pop(_WEIGHTS_ONLY)

@@ -7,7 +7,7 @@ in ``OBJECTIVES``.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from functools import reduce
 from operator import or_
 
@@ -82,13 +82,29 @@ class Objectives(nn.Module):
     def load_rank_state(self, state: Mapping[str, torch.Tensor]) -> None:
         """Hand every term its part of what `rank_state` returned."""
         for i, term in enumerate(self.terms):
-            own = {name.removeprefix(f"{i}."): v for name, v in state.items() if name.startswith(f"{i}.")}
             if term.rank_state():
-                term.load_rank_state(own)
+                term.load_rank_state(_of_term(i, state))
+
+    def dealt_state(self, states: Sequence[Mapping[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+        """Return this rank's share of what `rank_state` returned on all ranks of another number of them.
+
+        See `Objective.dealt_state`.
+        """
+        return {
+            f"{i}.{name}": value
+            for i, term in enumerate(self.terms)
+            if term.rank_state()
+            for name, value in term.dealt_state([_of_term(i, state) for state in states]).items()
+        }
 
     def metrics(self) -> dict[str, torch.Tensor]:
         """Return what a person may want to follow beside the losses, such as the temperature."""
         return numbered(term.metrics() for term in self.terms)
+
+
+def _of_term(index: int, state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return what of a rank's state belongs to one term, by the names it gave."""
+    return {name.removeprefix(f"{index}."): value for name, value in state.items() if name.startswith(f"{index}.")}
 
 
 def numbered(found: Iterable[Mapping[str, torch.Tensor]]) -> dict[str, torch.Tensor]:

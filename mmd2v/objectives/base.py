@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import nn
@@ -47,6 +47,13 @@ class Objective(nn.Module):
 
     def load_rank_state(self, state: Mapping[str, torch.Tensor]) -> None:
         """Go on from what `rank_state` returned on this rank, on the CPU. Raises UserError when it does not fit."""
+
+    def dealt_state(self, states: Sequence[Mapping[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+        """Return this rank's share of what `rank_state` returned on all ranks of a run of another number of them.
+
+        ``states`` are in the order of those ranks, on the CPU. Raises UserError when it does not fit.
+        """
+        raise NotImplementedError  # of every objective that has a `rank_state`
 
 
 def weighted_mean(

@@ -6,7 +6,7 @@ teacher width.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -103,6 +103,10 @@ class ContrastiveTarget(Objective):
     def load_rank_state(self, state: Mapping[str, torch.Tensor]) -> None:
         """See `Objective.load_rank_state`."""
         self.bank.load_state(state)
+
+    def dealt_state(self, states: Sequence[Mapping[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+        """See `Objective.dealt_state`."""
+        return self.bank.dealt(states)
 
     @torch.no_grad()
     def _keys(self, cls_RC: torch.Tensor, batch: Batch) -> _Keys:

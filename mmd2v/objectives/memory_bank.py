@@ -11,7 +11,7 @@ Shapes: W ranks, K places of this rank, M new rows of all ranks, q queries of th
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 
@@ -93,6 +93,27 @@ class MemoryBank:
                 raise UserError(f"{self.where}: checkpoint {_form(found)} ({name} of a rank), this run {_form(value)}")
         self.rows_KC, self.owners_K, self.counts_K = state["rows"], state["owners"], state["counts"]
         self.inserted = int(state["inserted"])
+
+    def dealt(self, states: Sequence[Mapping[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+        """Return this rank's state of a bank whose ``states`` [V] another number of ranks, V, wrote; in their order.
+
+        The ring is put together and dealt anew, so the queue is to the bit that of a run that always had as many ranks
+        as this one. Raises UserError when the states are not of one bank.
+        """
+        expected = self.state().keys()
+        if missing := [name for state in states for name in expected if name not in state]:
+            raise UserError(f"{self.where}: the checkpoint holds no {missing[0]} of the bank")
+        forms = {tuple(f"{name} {_form(state[name])}" for name in expected) for state in states}
+        counters = {int(state["inserted"]) for state in states}
+        if len(forms) > 1 or len(counters) > 1:
+            raise UserError(f"{self.where}: the checkpoint is damaged: its ranks wrote parts of different banks")
+        ring = {
+            # Place p was row p // V of rank p mod V.
+            name: torch.stack([state[name] for state in states], dim=1).flatten(0, 1)
+            for name in ("rows", "owners", "counts")
+        }
+        own = {name: value[rank() :: world_size()].contiguous() for name, value in ring.items()}
+        return {**own, "inserted": states[0]["inserted"]}
 
     def _follow(self, device: torch.device) -> None:
         """Be where the rows are: the engine moves modules, and this is none."""

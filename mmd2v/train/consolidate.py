@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import pickle
-from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 
 from mmd2v.errors import UserError
-from mmd2v.train.checkpoints.storage import deepspeed_classes
+from mmd2v.train.checkpoints.plain_paths import plain_path
+from mmd2v.train.checkpoints.reading import plain_values_only, without_output
 
 _WHOLE_MODULE = "mp_rank_00_model_states.pt"
 """DeepSpeed's file of the module's own state dict, written unless the weights themselves are sharded."""
@@ -28,7 +27,7 @@ def consolidate(checkpoint: str | Path) -> dict[str, torch.Tensor]:
     # Which accelerator DeepSpeed picks must not depend on the machine that happens to do the conversion.
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
     try:
-        with torch.serialization.safe_globals(deepspeed_classes()), _weights_only():
+        with plain_values_only():
             state: dict[str, torch.Tensor] = {}
             whole = folder / _WHOLE_MODULE
             # ZeRO-1 lists its frozen parameters nowhere else, and ZeRO-3 has no such file.
@@ -49,8 +48,8 @@ def consolidate(checkpoint: str | Path) -> dict[str, torch.Tensor]:
 def _from_zero(folder: Path) -> dict[str, torch.Tensor]:
     from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
-    with _without_output():
-        return get_fp32_state_dict_from_zero_checkpoint(str(folder.parent), tag=folder.name)
+    with plain_path(folder) as plain, without_output():
+        return get_fp32_state_dict_from_zero_checkpoint(str(plain.parent), tag=plain.name)
 
 
 def _engine_folder(checkpoint: Path) -> Path:
@@ -59,24 +58,3 @@ def _engine_folder(checkpoint: Path) -> Path:
     if len(folders) != 1:
         raise UserError(f"{checkpoint}: expected one folder of DeepSpeed model states in it, found {len(folders)}")
     return folders[0]
-
-
-@contextlib.contextmanager
-def _weights_only() -> Iterator[None]:
-    """Make every torch.load read tensors and allowed classes only: DeepSpeed's converter asks for full pickles."""
-    name = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
-    before = os.environ.get(name)
-    os.environ[name] = "1"
-    try:
-        yield
-    finally:
-        os.environ.pop(name)
-        if before is not None:
-            os.environ[name] = before
-
-
-@contextlib.contextmanager
-def _without_output() -> Iterator[None]:
-    """Hold back the lines and the bar that DeepSpeed prints for its own command line."""
-    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
-        yield

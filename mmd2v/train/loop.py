@@ -413,7 +413,7 @@ class Run:
         for line in choice.said:
             self.reporter.say(line)
         if choice.path is not None:
-            self.reporter.say(f"continuing from {choice.path} at step {self.step}")
+            self.reporter.say(f"continuing from {choice.path} at step {self.step}{self.engine.converted}")
         if branch is not None:
             self.reporter.say(branch)
         self.reporter.say(f"metrics: {self.run_dir / METRICS_FILE}")

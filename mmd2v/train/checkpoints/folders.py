@@ -11,7 +11,7 @@ from mmd2v.errors import UserError, nearest
 from mmd2v.train.checkpoints.manifest import MANIFEST
 
 AUTO = "auto"
-TEMPORARY = re.compile(r"\.step-\d{6,}(\.old)?\.tmp")
+TEMPORARY = re.compile(r"\.step-\d{6,}(\.old|\.universal)?\.tmp")
 _FOLDER = re.compile(r"step-(\d{6,})")
 _REPLACED = re.compile(r"\.(step-\d{6,})\.old\.tmp")
 _ABANDONED = "abandoned-"

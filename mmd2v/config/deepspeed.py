@@ -51,7 +51,11 @@ def deepspeed_config(config: Config, world_size: int) -> dict[str, Any]:
             "allgather_bucket_size": BUCKET_ELEMENTS,
             "stage3_param_persistence_threshold": engine.zero3_persistence_threshold,
         },
-        "bf16": {"enabled": engine.precision == "bf16"},
+        "bf16": {
+            "enabled": engine.precision == "bf16",
+            # Its answer to a gradient that is not finite is to leave the step out.
+            **({"check_grad_overflow": True} if config.stability.non_finite == "skip" else {}),
+        },
         "fp16": {"enabled": engine.precision == "fp16"},
         # The optimiser is made by us (mmd2v.train.optimizer) and handed over; these two let DeepSpeed take it.
         "zero_allow_untested_optimizer": True,

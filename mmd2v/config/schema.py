@@ -62,6 +62,7 @@ from mmd2v.config.training import (
     OptimizerConfig,
     ParameterGroupConfig,
     Precision,
+    StabilityConfig,
 )
 from mmd2v.errors import nearest
 
@@ -108,6 +109,7 @@ __all__ = [
     "ShardsConfig",
     "SigLIPConfig",
     "SourceConfig",
+    "StabilityConfig",
     "TeacherConfig",
     "TimmEncoderConfig",
     "TokenEncoderConfig",
@@ -137,6 +139,9 @@ class Config(Section):
     )
     engine: EngineConfig = Field(default_factory=EngineConfig, description="how a step is computed on the ranks")
     checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig, description="what is kept of the run")
+    stability: StabilityConfig = Field(
+        default_factory=StabilityConfig, description="what is done when the loss is no number or jumps"
+    )
     evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig, description="recall during training")
     logging: LoggingConfig = Field(default_factory=LoggingConfig, description="what a person sees")
 

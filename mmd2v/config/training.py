@@ -97,6 +97,25 @@ class CheckpointConfig(Section):
     )
 
 
+class StabilityConfig(Section):
+    """What is done when the loss is no number or jumps."""
+
+    non_finite: Literal["stop", "skip", "roll_back"] = Field(
+        "stop",
+        description="loss or gradient infinite or not a number: end the run; skip: leave the step out on every rank; "
+        "roll_back: go back to the newest checkpoint and on with the data after it",
+    )
+    skip_limit: PositiveInt = Field(10, description="most steps of a run that `non_finite: skip` leaves out")
+    spike_factor: float | None = Field(
+        None,
+        gt=1,
+        description="roll back, too, when the mean loss between two lines is more than this many times the median of "
+        "the steps before; none: never",
+    )
+    spike_window: PositiveInt = Field(500, description="steps of that median; nothing is judged before so many")
+    roll_backs: NonNegativeInt = Field(2, description="most times that a run rolls back")
+
+
 class EvaluationConfig(Section):
     """Recall during training."""
 

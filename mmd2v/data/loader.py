@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from multiprocessing.process import BaseProcess
 from types import FrameType, TracebackType
 from typing import Protocol
 
@@ -21,7 +23,7 @@ from mmd2v.data.handover import Parcel, Ring, send, start_worker
 from mmd2v.data.watch import Watchdog, WorkerStates
 from mmd2v.errors import UserError
 
-_OUTLIVES_SIGTERM = 60  # seconds
+_LOOKS_FOR_PARENT = 5  # seconds from one look to the next, once there was a SIGTERM
 
 
 class Order(Protocol):
@@ -108,6 +110,8 @@ class Loader:
         ring = Ring(self._workers, self._prefetch, self._images) if self._images and self._workers else None
         self._loader.worker_init_fn = partial(_start_worker, ring)
         batches = iter(self._loader)  # forks: before the watchdog's thread, of which a fork would copy half
+        kill = partial(_kill, getattr(batches, "_workers", ()))
+        atexit.register(kill)  # an error of ours may keep this very frame to the end
         try:
             with Watchdog(self._stall_warning, awaited) as watchdog:
                 while True:
@@ -130,12 +134,9 @@ class Loader:
         finally:
             # Ends the workers now. Left to the garbage collector, their queues may go first, and torch would wait for
             # seconds for workers that never hear of the end.
-            processes = getattr(batches, "_workers", [])
             del batches
-            for process in processes:
-                # torch has waited for it and sent SIGTERM, which a worker outlives (see `_outlive`).
-                if process.is_alive():
-                    process.kill()
+            kill()
+            atexit.unregister(kill)
 
     def epochs(self, index: int) -> dict[str, float]:
         """Passes over the data before a position (a sample, or a step of tokens).
@@ -166,10 +167,17 @@ def _explained(error: RuntimeError, awaited: str) -> Exception | None:
 
 
 def _outlive(parent: int, number: int, frame: FrameType | None) -> None:
-    """Answer SIGTERM in a worker: end with the training process, or some time later."""
+    """Answer SIGTERM, and then SIGALRM, in a worker: end when the training process has."""
     if os.getppid() != parent:
         os._exit(0)
-    signal.alarm(_OUTLIVES_SIGTERM)  # whose default is to end the process
+    signal.alarm(_LOOKS_FOR_PARENT)
+
+
+def _kill(workers: Sequence[BaseProcess]) -> None:
+    """End workers that torch has waited for in vain: it sends them SIGTERM, which they outlive."""
+    for worker in workers:
+        if worker.is_alive():
+            worker.kill()
 
 
 def _start_worker(ring: Ring | None, worker: int) -> None:
@@ -178,9 +186,10 @@ def _start_worker(ring: Ring | None, worker: int) -> None:
     torch.set_num_threads(1)
     # Ctrl-C goes to the whole group; the training process answers it and ends its workers.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    # So do a scheduler's signals, on which the training process wants batches for another step or two.
+    # So do a scheduler's signals: the training process finishes its step or evaluation with the batches it needs.
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, partial(_outlive, os.getppid()))
+    for number in (signal.SIGTERM, signal.SIGALRM):
+        signal.signal(number, partial(_outlive, os.getppid()))
     shown = sys.excepthook
 
     def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:

@@ -17,6 +17,7 @@ class Trace:
 
     def __init__(self, file: str | Path, rank: int, first_step: int) -> None:
         """Open this rank's file; lines of ``first_step`` and later are removed."""
+        self.file = file
         self.path = Path(f"{file}.rank{rank}.jsonl")
         self.path.parent.mkdir(parents=True, exist_ok=True)
         if self.path.exists():

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import os
 import warnings
 from collections.abc import Iterator
@@ -25,6 +26,7 @@ from mmd2v.errors import UserError
 from mmd2v.train.module import TrainModule
 from mmd2v.train.optimizer import ParameterGroup, build_optimizer, parameter_groups
 from mmd2v.train.schedule import Schedule
+from mmd2v.train.skipping import GradientGate
 
 
 @dataclass
@@ -41,6 +43,8 @@ class Engine:
     """Of the present step, without a group's multiplier."""
     converted: str = ""
     """Of a run continued from a checkpoint that had to be cut anew: what was done, to be told after its step."""
+    gate: GradientGate | None = None
+    """Where DeepSpeed itself would step over gradients that are not finite, and the config says to leave them out."""
 
     @property
     def module(self) -> TrainModule:
@@ -58,6 +62,18 @@ class Engine:
     def step(self) -> None:
         """Finish a micro-batch; the last one of a step clips and updates the parameters."""
         self.deepspeed.step()
+
+    @property
+    def left_out(self) -> bool:
+        """Whether the last step was left out on every rank because its gradient was not finite."""
+        if self.gate is not None:
+            return self.gate.closed
+        return bool(getattr(self.deepspeed.optimizer, "overflow", False))
+
+    @property
+    def overflows(self) -> int:
+        """How many steps DeepSpeed has left out by itself."""
+        return self.deepspeed.skipped_steps
 
     def set_learning_rate(self, schedule: Schedule, step: int) -> None:
         """Set every group's settings for optimiser step ``step``.
@@ -82,8 +98,9 @@ class Engine:
         with self.gathered([p for p in objectives.parameters() if len(getattr(p, "ds_shape", p.shape)) <= 1]):
             values = {name: float(value) for name, value in objectives.metrics().items()}
         norm = self.deepspeed.get_global_grad_norm()
-        # At ZeRO-0 in fp32 DeepSpeed clips without keeping the norm.
-        return values if norm is None else {**values, "gradient_norm": float(norm)}
+        # At ZeRO-0 in fp32 DeepSpeed clips without keeping the norm; of a step that was left out it is infinite or -1.
+        known = norm is not None and 0 <= float(norm) < math.inf
+        return {**values, "gradient_norm": float(norm)} if known else values
 
     def gathered(self, parameters: list[nn.Parameter]) -> contextlib.AbstractContextManager[Any]:
         """Make parameters that ZeRO-3 has sharded whole on every rank for a while."""
@@ -105,7 +122,9 @@ def build_engine(config: Config, world: World, module: TrainModule) -> Engine:
         import deepspeed
 
         engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=options)
-    return Engine(engine, groups, config, type(optimizer).__name__, description)
+    skips = config.stability.non_finite == "skip"
+    gate = GradientGate(optimizer) if skips and not hasattr(engine.optimizer, "overflow") else None
+    return Engine(engine, groups, config, type(optimizer).__name__, description, gate=gate)
 
 
 def _ingredients(

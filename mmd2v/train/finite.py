@@ -1,4 +1,4 @@
-"""The vote of all ranks on whether their weights are still numbers."""
+"""What is raised when a run has diverged, and the vote of all ranks on whether their weights are still numbers."""
 
 from __future__ import annotations
 
@@ -6,11 +6,31 @@ import torch
 from torch import nn
 
 from mmd2v.distributed.collectives import gather_objects, rank
-from mmd2v.distributed.coordination import shared_error
+from mmd2v.errors import ReportedByMainRank, UserError
+
+ADVICE = "try a lower optimizer.lr, a longer optimizer.warmup or optimizer.clip_norm"
+
+
+class Diverged(UserError):
+    """Loss, gradient or weights are no numbers, or the loss has jumped. Raised on every rank at the same step."""
+
+    spike = False
+    """Whether all are numbers still."""
+
+
+class _DivergedElsewhere(Diverged, ReportedByMainRank):
+    """The copy of another rank than 0, which tells it."""
+
+
+def diverged(message: str, *, spike: bool = False) -> Diverged:
+    """Return what this rank raises when all ranks have found the same."""
+    error = Diverged(message) if rank() == 0 else _DivergedElsewhere(message)
+    error.spike = spike
+    return error
 
 
 def check_weights(module: nn.Module, step: int) -> None:
-    """Raise UserError naming the ranks that hold parameters or buffers which are not finite; every rank must call it.
+    """Raise Diverged naming the ranks that hold parameters or buffers which are not finite; every rank must call it.
 
     A loss tells of the weights before its step, so the last update is seen here alone. The test is the fp32 sum of
     squares of each tensor: weights so large that it overflows are as lost as infinite ones. Under ZeRO-3 each rank
@@ -22,9 +42,9 @@ def check_weights(module: nn.Module, step: int) -> None:
     finite = not squares or bool(torch.stack(squares).isfinite().all())
     ranks = [str(i) for i, good in enumerate(gather_objects(finite)) if not good]
     if ranks:
-        raise shared_error(
+        raise diverged(
             f"step {step}: weights became infinite or not a number on rank(s) {', '.join(ranks)}, and are not saved; "
-            f"try a lower optimizer.lr, a longer optimizer.warmup or optimizer.clip_norm"
+            f"{ADVICE}"
         )
 
 

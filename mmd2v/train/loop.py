@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import NoReturn
@@ -23,11 +23,12 @@ from mmd2v.data.trace import Trace, cut_other_traces
 from mmd2v.distributed import environment
 from mmd2v.distributed.buffers import average_buffers
 from mmd2v.distributed.collectives import mean_over_ranks
-from mmd2v.distributed.coordination import from_main_rank, on_every_rank
+from mmd2v.distributed.coordination import from_main_rank, on_every_rank, shared_error
 from mmd2v.distributed.environment import World
 from mmd2v.distributed.heartbeat import Pulse
 from mmd2v.distributed.preemption import REQUEUE_STATUS, Preempted, StopSignals, signal_name
 from mmd2v.distributed.vote import Ballot, StepVote
+from mmd2v.errors import UserError
 from mmd2v.train.averages import averages, load_averages, save_averages, update_averages
 from mmd2v.train.checkpoints.choosing import Choice, choose_checkpoint
 from mmd2v.train.checkpoints.folders import restore_replaced, set_aside_after
@@ -37,7 +38,7 @@ from mmd2v.train.checkpoints.saving import Checkpointer
 from mmd2v.train.damage import DamageWatch
 from mmd2v.train.engine import Engine
 from mmd2v.train.evaluation import check_evaluation, evaluate, recall_line
-from mmd2v.train.finite import check_weights
+from mmd2v.train.finite import ADVICE, Diverged, check_weights, diverged
 from mmd2v.train.metrics import (
     METRICS_FILE,
     SAVE_TIME,
@@ -46,11 +47,14 @@ from mmd2v.train.metrics import (
     Stopwatch,
     is_evaluated,
     memory_gigabytes,
+    recorded_losses,
 )
 from mmd2v.train.parts import Parts, build_parts
 from mmd2v.train.replay import Source, choose_sources
 from mmd2v.train.run_dir import config_changes, describe_run
 from mmd2v.train.schedule import Schedule, build_schedule
+from mmd2v.train.skipping import LossWatch
+from mmd2v.train.stability import RollBacks, SkipTally, SpikeGuard
 from mmd2v.train.token_batches import prepare_token_order
 
 
@@ -107,11 +111,11 @@ class Run:
         self.parts: Parts = on_every_rank(lambda: build_parts(config, world, sources))
         on_every_rank(lambda: check_evaluation(config, self.parts.student))
         self.engine: Engine = self.parts.engine(config, world)
+        self.steps_ahead = 0
         manifest: Manifest | None = None
         if start is not None:
-            manifest = load_checkpoint(self.engine, start, self._describe())
-            self.step, self.sample_index = manifest.step, manifest.sample_index
-            on_every_rank(lambda: load_averages(self.parts.teachers, start))
+            manifest = self._load(start)
+            self.sample_index, self.steps_ahead = manifest.sample_index, manifest.steps_ahead
         self.first_step = self.step
         branch: str | None = from_main_rank(lambda: set_aside_after(self.run_dir, self.first_step))
 
@@ -124,6 +128,7 @@ class Run:
         self.meter, self.stopwatch = LossMeter(), Stopwatch()
         if manifest is not None:
             self.meter.load_state(manifest.interval, world.rank, world.size, world.device)
+        self._prepare_for_trouble(manifest)
         samples = self.facts.samples if self.tokens is None else self.tokens.texts
         self.damage = DamageWatch(self.run_dir, world, config.data.damage, samples, self.step)
         self.trace: Trace | None = None
@@ -134,6 +139,7 @@ class Run:
         self.copy = DeviceCopy(world.device, config.data.image)
         self._working, self._reported, self._samples_reported = 0.0, self.step, self.sample_index
         self._text_tokens = 0
+        self._batches: Generator[Batch, None, None] | None = None
         self._saved = self.step if start is not None else None
         """Step of the last checkpoint."""
         self._due = time.monotonic()
@@ -153,13 +159,17 @@ class Run:
             self._evaluate()
             self._leave_if_asked()
 
-        with closing(iter(self.loader)) as batches:
-            self.stopwatch.reset()
-            while self.step < self.steps:
-                self._train_step(batches)
+        self._batches = iter(self.loader)
+        self.stopwatch.reset()
+        while self.step < self.steps:
+            try:
+                self._train_step(self._batches)
                 self.step += 1
                 self.reporter.progress(self.step)
                 self._between_steps()
+            except Diverged as error:
+                self._roll_back(error)
+        self._batches.close()
 
         # A run of no steps keeps the model it starts from.
         if self.steps == 0 and self.checkpointer.newest is None:
@@ -254,6 +264,7 @@ class Run:
 
     def _train_step(self, batches: Iterator[Batch]) -> None:
         self.engine.set_learning_rate(self.schedule, self.step)
+        found: list[dict[str, torch.Tensor]] = []
         for micro_step in range(self.plan.accumulation):
             asked = time.perf_counter()
             self.pulse.at(self.step, "waiting for data")
@@ -270,16 +281,35 @@ class Run:
             torch.manual_seed(position_seed(self.config.seed, self.step, micro_step, self.world.rank))
             targets = {name: teacher(batch) for name, teacher in self.parts.teachers.items()}
             losses = self.engine.forward(batch, targets)
-            self.engine.backward(losses["loss"])
+            self.engine.backward(losses["loss"] if self.watch is None else self.watch.watch(losses))
             self.engine.step()
-            self.meter.add(losses)
-        update_averages(self.parts.teachers, self.engine, self.step + 1, self.steps)
+            found.append({name: term.detach() for name, term in losses.items()})
+        if self.watch is None or not self._is_left_out(self.watch):
+            for losses in found:
+                self.meter.add(losses)
+            update_averages(self.parts.teachers, self.engine, self.step + 1, self.steps)
         # Samples of all ranks, which every rank knows: all micro-batches have as many, or this one tells their mean.
         micro_batch = len(batch) if batch.mean_over is None else batch.mean_over
         self.sample_index += round(micro_batch * self.plan.ranks * self.plan.accumulation)
 
+    def _is_left_out(self, watch: LossWatch) -> bool:
+        """Whether no rank has applied the step, which is told and counted then; every rank must call it."""
+        left_out = self.engine.left_out
+        faults = watch.faults() if left_out else []
+        watch.reset()
+        # In fp16 a gradient that is not finite by itself is how DeepSpeed finds its loss scale.
+        if not left_out or (self.config.engine.precision == "fp16" and not faults):
+            return False
+        try:
+            self.reporter.say(self.skipped.count(self.step + 1, faults))
+        except UserError as error:
+            raise shared_error(str(error)) from None
+        return True
+
     def close(self) -> None:
-        """Finish the files. Does not communicate."""
+        """Finish the files and end the loader's processes. Does not communicate."""
+        if self._batches is not None:
+            self._batches.close()
         self.checkpointer.close()
         self.reporter.close()
         if self.trace is not None:
@@ -296,7 +326,7 @@ class Run:
                 rank=self.world.rank,
                 world_size=self.world.size,
                 accumulation=self.plan.accumulation,
-                start_step=self.step,
+                start_step=self.step + self.steps_ahead,
                 label_classes=self.config.label_classes,
             )
         return train_loader(
@@ -315,7 +345,9 @@ class Run:
         )
 
     def _report(self) -> None:
-        losses = self.meter.read(self.step)
+        losses = self._read_meter()
+        if "loss" in losses and (jump := self.spikes.judge(self.step, losses["loss"])):
+            raise diverged(jump, spike=True)
         seconds = self.stopwatch.working
         interval = self.step - self._reported
         self._working += seconds
@@ -328,7 +360,7 @@ class Run:
         }
         values |= {
             "learning_rate": self.engine.learning_rate,
-            **self.loader.epochs(self.sample_index if self.tokens is None else self.step),
+            **self.loader.epochs(self.sample_index if self.tokens is None else self.step + self.steps_ahead),
             "throughput(samples/s)": (self.sample_index - self._samples_reported) / seconds,
             **self._token_throughput(seconds),
             "time/step(s)": seconds / interval,
@@ -336,6 +368,8 @@ class Run:
             "time/eta(s)": per_step * (self.steps - self.step),
             "memory(GB)": memory_gigabytes(self.world.device),
         }
+        if self.watch is not None:
+            values["skipped_steps"] = self.skipped.total
         if self._save_took is not None:
             values[SAVE_TIME], self._save_took = self._save_took, None
         self.reporter.record(self.step, values)
@@ -370,11 +404,17 @@ class Run:
         """Begin a checkpoint of the present step; `_finish_save` puts it in place."""
         self._finish_save()
         with self._pause("saving"):
-            self.meter.read(self.step)  # raises when the loss is no number
+            self._read_meter()
             check_weights(self.engine.module, self.step)
             self._report_damage()
             average_buffers(self.engine.module)
-            manifest = replace(self._describe(), interval=self.meter.state())
+            manifest = replace(
+                self._describe(),
+                interval=self.meter.state(),
+                skipped_steps=self.skipped.total,
+                roll_backs=self.roll_backs.told,
+                steps_ahead=self.steps_ahead,
+            )
             self._save_began = time.monotonic()
             self.checkpointer.save(self.engine, manifest, lambda to: save_averages(self.parts.teachers, to))
             self._saved, self._due = self.step, time.monotonic()
@@ -387,6 +427,68 @@ class Run:
             with self._pause("saving"):
                 self.checkpointer.finish()
             self._save_took = time.monotonic() - self._save_began
+
+    def _load(self, checkpoint: Path) -> Manifest:
+        """Put a checkpoint's state into the engine and the averages; the position in the data is for the caller."""
+        manifest = load_checkpoint(self.engine, checkpoint, self._describe())
+        on_every_rank(lambda: load_averages(self.parts.teachers, checkpoint))
+        self.step = manifest.step
+        return manifest
+
+    def _prepare_for_trouble(self, manifest: Manifest | None) -> None:
+        """Make what answers a loss that is no number or jumps, from where an earlier part of the run has left it."""
+        settings = self.config.stability
+        self.watch = LossWatch() if settings.non_finite == "skip" else None
+        self.skipped = SkipTally(settings, manifest.skipped_steps if manifest else 0)
+        self.roll_backs = RollBacks(settings, manifest.roll_backs if manifest else ())
+        known: list[tuple[int, float]] = from_main_rank(lambda: recorded_losses(self.run_dir / METRICS_FILE))
+        self.spikes = SpikeGuard(settings, known)
+        self._overflows = self.engine.overflows
+
+    def _read_meter(self) -> dict[str, float]:
+        """Mean losses of the interval. Raises Diverged when they, or a gradient, are not finite."""
+        losses = self.meter.read(self.step)
+        before, self._overflows = self._overflows, self.engine.overflows
+        if self._overflows > before and self.watch is None and self.config.engine.precision != "fp16":
+            raise diverged(f"step {self.step}: the gradient became infinite or not a number on all ranks; {ADVICE}")
+        return losses
+
+    def _roll_back(self, error: Diverged) -> None:
+        """Go back to the newest checkpoint, and on with the data after the present step; every rank must call it.
+
+        Weights, optimiser, step and learning rate are those of the checkpoint. Raises the error where the config says
+        so, and UserError when there is no checkpoint or the run has gone back often enough.
+        """
+        if not error.spike and self.config.stability.non_finite != "roll_back":
+            raise error
+        self._finish_save()
+        newest: Path | None = from_main_rank(lambda: self.checkpointer.newest)
+        try:
+            self.roll_backs.allow(str(error), newest)
+        except UserError as refused:
+            raise shared_error(str(refused)) from None
+        assert newest is not None and self._batches is not None  # allow has seen to the first
+        diverged_at = self.step
+        with self._pause("rolling back"):
+            self._batches.close()
+            manifest = self._load(newest)
+            self.meter.load_state(manifest.interval, self.world.rank, self.world.size, self.world.device)
+            self.steps_ahead += diverged_at - self.step
+            self._overflows = self.engine.overflows
+            self.spikes.go_back(self.step)
+            self.reporter.go_back(self.step)
+            if self.trace is not None:
+                self.trace.close()
+                self.trace = Trace(self.trace.file, self.world.rank, self.step)
+            self.loader = self._loader()
+            self._batches = iter(self.loader)
+        self.reporter.say(
+            f"warning: {error}; rolled back to {newest}, on with the data after step {diverged_at} (roll-back "
+            f"{len(self.roll_backs.told)} of at most {self.config.stability.roll_backs})"
+        )
+        self._saved, self._due, self.first_step, self._working = self.step, time.monotonic(), self.step, 0.0
+        self._reported, self._samples_reported, self._text_tokens = self.step, self.sample_index, 0
+        self.stopwatch.reset()
 
     def _describe(self) -> Manifest:
         return describe(self.engine, self.config, self.world, self.step, self.sample_index, self.facts, self.tokens)

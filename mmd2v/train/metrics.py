@@ -17,10 +17,10 @@ import psutil
 import torch
 
 from mmd2v.distributed.collectives import gather_objects, mean_over_ranks
-from mmd2v.distributed.coordination import shared_error
 from mmd2v.distributed.environment import World
 from mmd2v.files import write_text
 from mmd2v.progress import duration
+from mmd2v.train.finite import ADVICE, diverged
 
 METRICS_FILE = "metrics.jsonl"
 SAVE_TIME = "time/save(s)"
@@ -47,7 +47,7 @@ class LossMeter:
     def read(self, step: int) -> dict[str, float]:
         """Return each term's mean over micro-batches and ranks since the last reset, on every rank.
 
-        Raises UserError naming the ranks on which a term is not finite.
+        Raises Diverged naming the ranks on which a term is not finite.
         """
         if self._sum is None:
             return {}
@@ -56,9 +56,9 @@ class LossMeter:
         bad = [name for name, value in means.items() if not math.isfinite(value)]
         if bad:
             ranks = [rank for rank, finite in enumerate(gather_objects(bool(own.isfinite().all()))) if not finite]
-            raise shared_error(
-                f"step {step}: {', '.join(bad)} became {means[bad[0]]} on rank(s) {', '.join(map(str, ranks))}; try a "
-                f"lower optimizer.lr, a longer optimizer.warmup or optimizer.clip_norm"
+            raise diverged(
+                f"step {step}: {', '.join(bad)} became {means[bad[0]]} on rank(s) {', '.join(map(str, ranks))}; "
+                f"{ADVICE}"
             )
         return means
 
@@ -130,19 +130,30 @@ class Reporter:
         self._task: Any = None
         self._file: Any = None
         self._writer: Any = None
+        self._run_dir, self._tensorboard = run_dir, tensorboard
         if not self._speaks:
             return
         run_dir.mkdir(parents=True, exist_ok=True)
-        path = run_dir / METRICS_FILE
-        # A new run keeps nothing, not even the step-0 records of one that was killed before its first checkpoint.
-        forget_after(path, first_step if first_step else -1)
-        self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 - lives as long as the run
-        if tensorboard:
-            from torch.utils.tensorboard import SummaryWriter
-
-            self._writer = SummaryWriter(str(run_dir / "tensorboard"), purge_step=first_step + 1 if first_step else 0)
+        self._open_files(first_step)
         if sys.stdout.isatty():
             self._start_bar(first_step)
+
+    def _open_files(self, step: int) -> None:
+        path = self._run_dir / METRICS_FILE
+        # A new run keeps nothing, not even the step-0 records of one that was killed before its first checkpoint.
+        forget_after(path, step if step else -1)
+        self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 - lives as long as the run
+        if self._tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._writer = SummaryWriter(str(self._run_dir / "tensorboard"), purge_step=step + 1 if step else 0)
+
+    def go_back(self, step: int) -> None:
+        """Forget the records after ``step``, at which the run has a checkpoint: it goes on from there."""
+        if self._speaks:
+            self._close_files()
+            self._open_files(step)
+            self.progress(step)
 
     def _start_bar(self, first_step: int) -> None:
         from rich.progress import BarColumn, Progress, TextColumn
@@ -192,6 +203,9 @@ class Reporter:
         """Finish the bar and the files."""
         if self._bar is not None:
             self._bar.stop()
+        self._close_files()
+
+    def _close_files(self) -> None:
         if self._writer is not None:
             self._writer.close()
         if self._file is not None:
@@ -217,6 +231,11 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
         except ValueError:
             continue
     return records
+
+
+def recorded_losses(path: Path) -> list[tuple[int, float]]:
+    """Return step and loss of every interval that is recorded."""
+    return [(r["step"], r["loss"]) for r in (read_metrics(path) if path.exists() else []) if "loss" in r]
 
 
 def is_evaluated(path: Path, step: int) -> bool:

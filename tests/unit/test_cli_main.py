@@ -10,6 +10,7 @@ from data_samples import encoded
 from safetensors import SafetensorError
 
 from mmd2v.cli import main as cli
+from mmd2v.distributed.preemption import Preempted
 from mmd2v.errors import ReportedByMainRank, UserError
 
 
@@ -57,6 +58,7 @@ def test_names_that_are_no_text_are_printed_all_the_same(tmp_path):
         (UserError("no"), 2, "error: no\n"),
         (ReportedByMainRank("no"), 2, ""),
         (KeyboardInterrupt(), 130, ""),
+        (Preempted("SIGTERM: saved"), 75, "SIGTERM: saved\n"),
         (
             OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "out.json"),
             2,

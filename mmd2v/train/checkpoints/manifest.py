@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +47,12 @@ class Manifest:
     """Name → [size in bytes, SHA-256] of every other file of the checkpoint; None: of a version that wrote none."""
     interval: dict[str, Any] | None = None
     """What `LossMeter.state` has summed of an interval between two reports that the checkpoint cuts; None: none."""
+    skipped_steps: int = 0
+    """Steps that were left out because they were not finite."""
+    roll_backs: list[str] = field(default_factory=list)
+    """Why the run has gone back to a checkpoint, each time."""
+    steps_ahead: int = 0
+    """Steps by which the data is ahead of ``step``: those that roll-backs have passed over."""
 
 
 def describe(

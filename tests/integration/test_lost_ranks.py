@@ -129,6 +129,18 @@ def finish(rank, pulse):
         time.sleep(1.5)
 
 
+def step_until_told(rank, pulse):
+    goes_on = torch.ones(1)
+    while goes_on:
+        pulse.at(4, "computing")
+        if rank == 0 and Path(f"{os.readlink('/proc/self/fd/1')}.enough").exists():
+            goes_on.zero_()
+        dist.broadcast(goes_on, 0)
+        if pulse._watch._states[1 - rank].step == 4:
+            print("READY")
+        time.sleep(0.1)
+
+
 SCENARIOS = {
     "waits": wait_for_end,
     "forks": fork_and_wait,
@@ -137,6 +149,7 @@ SCENARIOS = {
     "raise_together": raise_together,
     "stalls": stall,
     "finishes": finish,
+    "steps": step_until_told,
 }
 
 
@@ -256,3 +269,17 @@ def test_strangers_clocks_and_a_late_finish_disturb_nobody(start):
     job = start("finishes", timeout=5.0)
     assert [job.status(rank, 60) for rank in (0, 1)] == [0, 0], [job.told(0), job.told(1)]
     assert job.told(0) == job.told(1) == ""
+
+
+def test_a_job_that_is_suspended_as_a_whole_goes_on(start):
+    job = start("steps", timeout=4.0)
+    job.until_ready()
+    for process in job.processes:
+        os.kill(process.pid, signal.SIGSTOP)
+    time.sleep(6)
+    for process in job.processes:
+        os.kill(process.pid, signal.SIGCONT)
+    time.sleep(1)
+    Path(f"{job.outputs[0]}.enough").touch()
+    assert [job.status(rank, 60) for rank in (0, 1)] == [0, 0], [job.told(0), job.told(1)]
+    assert "error" not in job.told(0) + job.told(1)

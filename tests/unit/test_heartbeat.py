@@ -189,7 +189,7 @@ def test_alone_there_is_nobody_to_hear():
         assert set(os.listdir("/proc/self/task")) == before
 
 
-def test_a_step_pays_less_than_a_microsecond_or_two():
+def test_a_note_costs_a_step_next_to_nothing():
     import torch
 
     pulse = Pulse(World(0, 2, 0, torch.device("cpu"), "gloo"), 120)

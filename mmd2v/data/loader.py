@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import os
 import signal
+import socket
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from webdataset import DataPipeline
 from mmd2v.config.schema import DataConfig
 from mmd2v.data.batch import Batch
 from mmd2v.data.handover import Parcel, Ring, send, start_worker
-from mmd2v.data.watch import Watchdog, WorkerStates
+from mmd2v.data.watch import Watchdog, WorkerStates, stalled
 from mmd2v.errors import UserError
 
 _LOOKS_FOR_PARENT = 5  # seconds from one look to the next, once there was a SIGTERM
@@ -90,6 +91,8 @@ class Loader:
         self._order = order
         self._images, self._prefetch = images, config.prefetch
         self._stall_warning = config.stall_warning
+        # torch ends the wait for a worker; a read in this very process only another thread can end.
+        self._end_after = None if self._workers else config.stall_timeout
         self._loader: DataLoader = DataLoader(
             pipeline,
             batch_size=None,
@@ -104,7 +107,8 @@ class Loader:
 
         def awaited() -> str:
             worker = given % max(1, self._workers)  # batches are handed out in turn
-            return f"rank {self._rank}'s {self._states.describe(worker, self._shard_name)}"
+            told = self._states.describe(worker, self._shard_name)
+            return f"rank {self._rank}'s {told}, on host {socket.gethostname()}"
 
         # A ring an iteration: the workers of an earlier one may have been ended at any point.
         ring = Ring(self._workers, self._prefetch, self._images) if self._images and self._workers else None
@@ -113,7 +117,7 @@ class Loader:
         kill = partial(_kill, getattr(batches, "_workers", ()))
         atexit.register(kill)  # an error of ours may keep this very frame to the end
         try:
-            with Watchdog(self._stall_warning, awaited) as watchdog:
+            with Watchdog(self._stall_warning, awaited, self._end_after) as watchdog:
                 while True:
                     watchdog.expect()
                     try:
@@ -157,7 +161,7 @@ def _explained(error: RuntimeError, awaited: str) -> Exception | None:
     """Return what the user should read of an error of torch's DataLoader; None of a mistake of ours in a worker."""
     told = str(error)
     if told.startswith("DataLoader timed out"):
-        return UserError(f"data.stall_timeout: no batch in that time; waited for {awaited}")
+        return UserError(stalled(awaited))
     if told.startswith("DataLoader worker (pid"):
         return UserError(
             f"a loader process died ({told.splitlines()[0]}): most often the machine ran out of memory or of "

@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
 from mmd2v.config.load import load_config
 from mmd2v.config.schema import Config
+from mmd2v.distributed.environment import World
+from mmd2v.distributed.heartbeat import Pulse
+from mmd2v.distributed.preemption import StopSignals
 from mmd2v.files import write_text
+
+if TYPE_CHECKING:
+    from mmd2v.train.loop import Run
 
 IMAGES = 48
 
@@ -80,3 +88,16 @@ def write_values(file: Path, values: dict[str, Any], changes: dict[str, Any]) ->
 def run_config(file: Path, data: Path, **changes: Any) -> Config:
     """Return the config that `write_config` writes."""
     return load_config(write_config(file, data, **changes))
+
+
+@contextmanager
+def run_of(config: Config, world: World, resume: str | None = None) -> Iterator[Run]:
+    """A run as `train` makes it, to look into before and after its ``train()``."""
+    from mmd2v.train.loop import Run
+
+    with StopSignals() as signals, Pulse(world, config.engine.rank_timeout) as pulse:
+        run = Run(config, world, resume, signals, pulse)
+        try:
+            yield run
+        finally:
+            run.close()

@@ -5,9 +5,10 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import NoReturn
 
 import numpy as np
 import torch
@@ -18,12 +19,15 @@ from mmd2v.data.batch import Batch
 from mmd2v.data.device import DeviceCopy
 from mmd2v.data.loader import Loader
 from mmd2v.data.stream import TrainFacts, token_loader, train_facts, train_loader
-from mmd2v.data.trace import Trace
+from mmd2v.data.trace import Trace, cut_other_traces
 from mmd2v.distributed import environment
 from mmd2v.distributed.buffers import average_buffers
 from mmd2v.distributed.collectives import mean_over_ranks
 from mmd2v.distributed.coordination import from_main_rank, on_every_rank
 from mmd2v.distributed.environment import World
+from mmd2v.distributed.heartbeat import Pulse
+from mmd2v.distributed.preemption import REQUEUE_STATUS, Preempted, StopSignals, signal_name
+from mmd2v.distributed.vote import Ballot, StepVote
 from mmd2v.train.averages import averages, load_averages, save_averages, update_averages
 from mmd2v.train.checkpoints.choosing import Choice, choose_checkpoint
 from mmd2v.train.checkpoints.folders import restore_replaced, set_aside_after
@@ -34,7 +38,15 @@ from mmd2v.train.damage import DamageWatch
 from mmd2v.train.engine import Engine
 from mmd2v.train.evaluation import check_evaluation, evaluate, recall_line
 from mmd2v.train.finite import check_weights
-from mmd2v.train.metrics import METRICS_FILE, LossMeter, Reporter, Stopwatch, is_evaluated, memory_gigabytes
+from mmd2v.train.metrics import (
+    METRICS_FILE,
+    SAVE_TIME,
+    LossMeter,
+    Reporter,
+    Stopwatch,
+    is_evaluated,
+    memory_gigabytes,
+)
 from mmd2v.train.parts import Parts, build_parts
 from mmd2v.train.replay import Source, choose_sources
 from mmd2v.train.run_dir import config_changes, describe_run
@@ -47,28 +59,36 @@ def train(config: Config, resume: str | None = None) -> None:
 
     ``resume`` is None (a new run), ``"auto"`` (the newest checkpoint of ``run_dir``, or a new run) or the path of a
     checkpoint. Every rank of a launcher calls this. Raises UserError for bad input and for a checkpoint that cannot
-    be written, OSError where the disk refuses another file of the run.
+    be written, OSError where the disk refuses another file of the run, and Preempted when a rank was sent SIGTERM or
+    SIGUSR1 and all have saved.
     """
-    world = environment.initialize(config.engine.device)
     run: Run | None = None
-    try:
-        run = Run(config, world, resume)
-        run.train()
-    except KeyboardInterrupt:
-        if run is not None and world.is_main:
-            print(run.farewell(), file=sys.stderr)
-        raise
-    finally:
-        if run is not None:
-            run.close()
+    with StopSignals() as signals:
+        world = environment.initialize(config.engine.device)
+        with Pulse(world, config.engine.rank_timeout, peaceful=(Preempted,)) as pulse:
+            try:
+                run = Run(config, world, resume, signals, pulse)
+                run.train()
+            except KeyboardInterrupt:
+                if run is not None and world.is_main:
+                    print(run.farewell(), file=sys.stderr)
+                raise
+            finally:
+                if run is not None:
+                    run.close()
 
 
 class Run:
     """One run on this rank: what it is built of, where it stands, and the loop."""
 
-    def __init__(self, config: Config, world: World, resume: str | None) -> None:
-        self.config, self.world = config, world
+    def __init__(self, config: Config, world: World, resume: str | None, signals: StopSignals, pulse: Pulse) -> None:
+        self.config, self.world, self.signals, self.pulse = config, world, signals, pulse
         self.run_dir = Path(config.run_dir)
+        self.step, self.sample_index = 0, 0
+        self.vote = StepVote(world)
+        self._save_began = 0.0
+        self._save_took: float | None = None
+        """Seconds of the last save, until they are reported."""
         # What is wrong with a config should come out before anything is loaded or written.
         self.plan: BatchPlan = from_main_rank(lambda: plan_batches(config, world.size))
         batch = None if config.data.batch_tokens else self.plan.global_batch
@@ -82,11 +102,12 @@ class Run:
         choice: Choice = from_main_rank(lambda: choose_checkpoint(self.run_dir, resume, config.checkpoint.verify))
         start = choice.path
 
+        self._leave_if_asked()  # before anything large is loaded
         sources: dict[str, Source] = from_main_rank(lambda: choose_sources(config, self.plan, self.steps, world.device))
         self.parts: Parts = on_every_rank(lambda: build_parts(config, world, sources))
         on_every_rank(lambda: check_evaluation(config, self.parts.student))
         self.engine: Engine = self.parts.engine(config, world)
-        self.step, self.sample_index = 0, 0
+        manifest: Manifest | None = None
         if start is not None:
             manifest = load_checkpoint(self.engine, start, self._describe())
             self.step, self.sample_index = manifest.step, manifest.sample_index
@@ -95,65 +116,135 @@ class Run:
         branch: str | None = from_main_rank(lambda: set_aside_after(self.run_dir, self.first_step))
 
         self.checkpointer = Checkpointer(self.run_dir, config.checkpoint, world)
+        pulse.newest = lambda: self.checkpointer.newest
         changes = config_changes(self.run_dir, config) if start is not None and world.is_main else []
         if world.is_main and (start is None or self.step < self.steps):  # a finished run keeps its config
             describe_run(self.run_dir, config, world, self.engine.description)
         self.reporter = Reporter(self.run_dir, world, self.steps, self.step, config.logging.tensorboard)
         self.meter, self.stopwatch = LossMeter(), Stopwatch()
+        if manifest is not None:
+            self.meter.load_state(manifest.interval, world.rank, world.size, world.device)
         samples = self.facts.samples if self.tokens is None else self.tokens.texts
         self.damage = DamageWatch(self.run_dir, world, config.data.damage, samples, self.step)
-        self.trace = Trace(config.data.trace, world.rank, self.step) if config.data.trace else None
+        self.trace: Trace | None = None
+        if config.data.trace:
+            if world.is_main:
+                cut_other_traces(config.data.trace, self.step, world.size)
+            self.trace = Trace(config.data.trace, world.rank, self.step)
         self.copy = DeviceCopy(world.device, config.data.image)
         self._working, self._reported, self._samples_reported = 0.0, self.step, self.sample_index
         self._text_tokens = 0
+        self._saved = self.step if start is not None else None
+        """Step of the last checkpoint."""
+        self._due = time.monotonic()
+        """When the clock last asked for a checkpoint, or one was begun."""
         self._announce(choice, branch, sources)
         if changes:
             self.reporter.say("changed since the run was started:\n  " + "\n  ".join(changes))
 
     def train(self) -> None:
-        """Run from the present step to the last."""
-        config, every = self.config, self.config.logging.every
+        """Run from the present step to the last. Raises Preempted, on every rank, when one was asked to stop."""
+        self._leave_if_asked()
         self.loader = self._loader()
-        batches = iter(self.loader)
         self.engine.module.train()
 
         # Before the first step: recall of the untrained model, if asked for.
-        if config.evaluation.at_start and self.step == 0:
+        if self.config.evaluation.at_start and self.step == 0:
             self._evaluate()
+            self._leave_if_asked()
 
-        self.stopwatch.reset()
-        while self.step < self.steps:
-            self._train_step(batches)
-            self.step += 1
-            self.reporter.progress(self.step)
-            last = self.step == self.steps
-            saves = last or (config.checkpoint.every is not None and self.step % config.checkpoint.every == 0)
-
-            # Once an interval: the only place where the host waits for the device. An interval ends at a checkpoint
-            # too, so that a run continued from there has the same ones.
-            if self.step % every == 0 or saves:
-                self._report()
-
-            # After the first step: when all of the data is damaged, the settings are, and the run should not go on.
-            if self.step == self.first_step + 1:
-                self._report_damage()
-
-            # Once in a while: recall on the held-out set. The last one comes after the last checkpoint.
-            if config.evaluation.every and self.step % config.evaluation.every == 0 and not last:
-                self._evaluate()
-
-            # Once in a while and at the end: a checkpoint.
-            if saves:
-                self._save()
+        with closing(iter(self.loader)) as batches:
+            self.stopwatch.reset()
+            while self.step < self.steps:
+                self._train_step(batches)
+                self.step += 1
+                self.reporter.progress(self.step)
+                self._between_steps()
 
         # A run of no steps keeps the model it starts from.
         if self.steps == 0 and self.checkpointer.newest is None:
             self._save()
+        self._finish_save()
 
         # A finished run that is started again has its last recall already.
         if not from_main_rank(lambda: is_evaluated(self.run_dir / METRICS_FILE, self.step)):
+            if self.config.data.eval is not None:
+                self._leave_if_asked()
             self._evaluate()
+        self.vote.close()
         self.reporter.say(f"finished: step {self.step} of {self.steps}, run in {self.run_dir}")
+
+    def _between_steps(self) -> None:
+        """What is done once in a while, after a step."""
+        config, last = self.config, self.step == self.steps
+        ballot = self._cast()
+        saves = last or (config.checkpoint.every is not None and self.step % config.checkpoint.every == 0)
+
+        # Once an interval: the only place where the host waits for the device. An interval ends at a checkpoint
+        # too, so that a run continued from there has the same ones.
+        if self.step % config.logging.every == 0 or saves:
+            self._report()
+
+        # After the first step: when all of the data is damaged, the settings are, and the run should not go on.
+        if self.step == self.first_step + 1:
+            self._report_damage()
+
+        # Once in a while: recall on the held-out set. The last one comes after the last checkpoint.
+        if config.evaluation.every and self.step % config.evaluation.every == 0 and not last:
+            self._evaluate()
+
+        # Once in a while and at the end: a checkpoint; also when the clock or a signal asks for one. Those come at no
+        # fixed step: they end no interval, which the run that goes on from there ends where this one would have.
+        if saves or ballot.due or ballot.stop:
+            self._save()
+        elif self.checkpointer.pending and not ballot.writing:
+            self._finish_save()
+        if ballot.stop and not last:
+            self._leave(ballot.stop)
+
+    def _cast(self) -> Ballot:
+        """Tell all ranks what this one has to say, and return what all said a step before."""
+        ballot = self.vote.cast(
+            self.step, stop=self.signals.number, writing=self.checkpointer.busy, due=self._clock_asks()
+        )
+        if ballot is None:
+            return Ballot(self.step, writing=True)  # nothing is known yet
+        if self._saved is not None and ballot.step <= self._saved:
+            # Cast before the last save began: it knows nothing of that.
+            return replace(ballot, writing=True, due=False)
+        return ballot
+
+    def _clock_asks(self) -> bool:
+        """Whether a checkpoint is due by rank 0's clock; once for each time. The clock is no calendar: it never jumps.
+
+        Other ranks leave the question to rank 0.
+        """
+        minutes, now = self.config.checkpoint.minutes, time.monotonic()
+        if not self.world.is_main or minutes is None or now - self._due < 60 * minutes:
+            return False
+        self._due = now
+        return True
+
+    def _leave_if_asked(self) -> None:
+        """Raise Preempted, on every rank, if one has been sent a signal; outside of the steps, where it may wait."""
+        if stop := self.vote.ask(self.step, stop=self.signals.number).stop:
+            self._leave(stop)
+
+    def _leave(self, stop: int) -> NoReturn:
+        """Raise Preempted: all is saved that there is. Every rank must call it."""
+        built = hasattr(self, "checkpointer")
+        if built:
+            self._finish_save()
+        self.vote.close()
+        newest = self.checkpointer.newest if built else None
+        if self._save_took is not None:
+            did = f"saved step {self.step} in {newest} ({self._save_took:.1f} s)"
+        else:
+            did = f"stopped after step {self.step}, with nothing new to save"
+        raise Preempted(
+            f"{signal_name(stop)}: {did}; exit status {REQUEUE_STATUS} asks the scheduler to queue the run again; "
+            "continue with --resume auto"
+        )
 
     def farewell(self) -> str:
         """What a person who pressed Ctrl-C should know."""
@@ -165,7 +256,9 @@ class Run:
         self.engine.set_learning_rate(self.schedule, self.step)
         for micro_step in range(self.plan.accumulation):
             asked = time.perf_counter()
+            self.pulse.at(self.step, "waiting for data")
             batch = next(batches)
+            self.pulse.at(self.step, "computing")
             self.stopwatch.waited(time.perf_counter() - asked)
             self._text_tokens += int(batch.text_lengths.sum())  # they are on the host
             if self.trace is not None:
@@ -186,7 +279,8 @@ class Run:
         self.sample_index += round(micro_batch * self.plan.ranks * self.plan.accumulation)
 
     def close(self) -> None:
-        """Finish the files."""
+        """Finish the files. Does not communicate."""
+        self.checkpointer.close()
         self.reporter.close()
         if self.trace is not None:
             self.trace.close()
@@ -242,6 +336,8 @@ class Run:
             "time/eta(s)": per_step * (self.steps - self.step),
             "memory(GB)": memory_gigabytes(self.world.device),
         }
+        if self._save_took is not None:
+            values[SAVE_TIME], self._save_took = self._save_took, None
         self.reporter.record(self.step, values)
         self.reporter.training_line(self.step, values)
         self._report_damage()
@@ -264,26 +360,44 @@ class Run:
     def _evaluate(self) -> None:
         if self.config.data.eval is None:
             return
-        with self._pause():
+        with self._pause("evaluating"):
             average_buffers(self.engine.module)
             metrics = evaluate(self.config, self.parts, self.world)
         self.reporter.record(self.step, {f"evaluation/{name}": value for name, value in metrics.items()})
         self.reporter.say(f"step {self.step}/{self.steps}  recall  {recall_line(metrics)}")
 
     def _save(self) -> None:
-        with self._pause():
-            check_weights(self.engine.module, self.step)  # the report before has looked at the loss
+        """Begin a checkpoint of the present step; `_finish_save` puts it in place."""
+        self._finish_save()
+        with self._pause("saving"):
+            self.meter.read(self.step)  # raises when the loss is no number
+            check_weights(self.engine.module, self.step)
+            self._report_damage()
             average_buffers(self.engine.module)
-            self.checkpointer.save(self.engine, self._describe(), lambda to: save_averages(self.parts.teachers, to))
-            self.checkpointer.finish()
+            manifest = replace(self._describe(), interval=self.meter.state())
+            self._save_began = time.monotonic()
+            self.checkpointer.save(self.engine, manifest, lambda to: save_averages(self.parts.teachers, to))
+            self._saved, self._due = self.step, time.monotonic()
+        if not self.checkpointer.pending:  # it was written at once
+            self._save_took = time.monotonic() - self._save_began
+
+    def _finish_save(self) -> None:
+        """Put the last checkpoint in place, if that has not been done; waits for its files."""
+        if self.checkpointer.pending:
+            with self._pause("saving"):
+                self.checkpointer.finish()
+            self._save_took = time.monotonic() - self._save_began
 
     def _describe(self) -> Manifest:
         return describe(self.engine, self.config, self.world, self.step, self.sample_index, self.facts, self.tokens)
 
     @contextmanager
-    def _pause(self) -> Iterator[None]:
+    def _pause(self, phase: str) -> Iterator[None]:
+        """Time that counts as no work of the interval."""
         start = time.perf_counter()
+        self.pulse.at(self.step, phase)
         yield
+        self.pulse.at(self.step, "computing")
         self.stopwatch.paused(time.perf_counter() - start)
 
     def _announce(self, choice: Choice, branch: str | None, sources: dict[str, Source]) -> None:

@@ -8,12 +8,12 @@ import pytest
 import torch
 from harness import run_distributed_test
 from safetensors.numpy import load_file
-from training_runs import make_data, run_config
+from training_runs import make_data, run_config, run_of
 
 from mmd2v.distributed.collectives import barrier, rank, world_size
 from mmd2v.distributed.environment import World
 from mmd2v.train.averages import AVERAGES_FILE
-from mmd2v.train.loop import Run, train
+from mmd2v.train.loop import train
 from mmd2v.train.metrics import read_metrics
 
 STEPS = 4
@@ -66,9 +66,8 @@ def _train(data: Path, folder: Path) -> list[tuple[dict, dict]]:
             engine__micro_batch_size=micro // world.size,
             engine__zero3_persistence_threshold=0,
         )
-        run = Run(config, world, None)
-        run.train()
-        run.close()
+        with run_of(config, world) as run:
+            run.train()
         # Arrays: a tensor travels as a handle of the process that ends.
         average = {name: value.numpy().copy() for name, value in run.parts.teachers["ema"].average().items()}
         results.append((records(config.run_dir), average))

@@ -6,11 +6,11 @@ from pathlib import Path
 import pytest
 import torch
 from harness import run_distributed_test
-from training_runs import make_data, run_config
+from training_runs import make_data, run_config, run_of
 
 from mmd2v.distributed.collectives import barrier, rank, world_size
 from mmd2v.distributed.environment import World
-from mmd2v.train.loop import Run, train
+from mmd2v.train.loop import train
 from mmd2v.train.metrics import read_metrics
 
 STAGES = (0, 1, 2, 3)
@@ -46,9 +46,8 @@ def _train(data: Path, folder: Path) -> list[dict]:
             evaluation__every=2,
             optimizer__lr=5e-4,
         )
-        run = Run(config, world, None)
-        run.train()
-        run.reporter.close()
+        with run_of(config, world) as run:
+            run.train()
         records = read_metrics(run.run_dir / "metrics.jsonl")
         results.append(
             {

@@ -9,7 +9,7 @@ from mmd2v.distributed.environment import World
 from mmd2v.distributed.vote import Ballot, StepVote
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "distributed"))
-from harness import run_distributed_test  # noqa: E402
+from harness import run_distributed_test
 
 
 def test_alone_a_ballot_is_read_a_step_later_too():

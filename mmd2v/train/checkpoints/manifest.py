@@ -45,6 +45,8 @@ class Manifest:
     """Whether it is kept for ever."""
     files: dict[str, list[Any]] | None = None
     """Name → [size in bytes, SHA-256] of every other file of the checkpoint; None: of a version that wrote none."""
+    interval: dict[str, Any] | None = None
+    """What `LossMeter.state` has summed of an interval between two reports that the checkpoint cuts; None: none."""
 
 
 def describe(

@@ -76,11 +76,13 @@ def _starts(log: Path) -> list[int]:
 
 @pytest.fixture(scope="module")
 def whole(config, slurm) -> Path:
-    """Run directory of the run that nobody interrupts, on two nodes."""
+    """Run directory of the run that nobody interrupts, on two nodes that are looked at first."""
     run_dir = config.parent / "whole"
-    job, _ = _launch(config, slurm, run_dir, 2, "--no-check")
+    job, _ = _launch(config, slurm, run_dir, 2)
     state = slurm.wait(job, ENDED, SECONDS)
-    assert state == "COMPLETED", (run_dir / f"slurm-{job}.log").read_text()
+    log = (run_dir / f"slurm-{job}.log").read_text()
+    assert state == "COMPLETED", log
+    assert 0 < log.index("2 nodes: fit") < log.index("mmd2v job: job ") < log.index("run run on cpu")
     assert sorted(_losses(run_dir)) == list(range(1, STEPS + 1))
     return run_dir
 

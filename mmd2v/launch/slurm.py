@@ -97,7 +97,7 @@ compgen -G {own}'/step-*' >/dev/null || resume={path}
 
 _CHECK = """
 # A node that is not well is named before it stops a run of days.
-to_the_end {nodes} "${{mmd2v[@]}}" doctor --node
+to_the_end {nodes} "${{mmd2v[@]}}" doctor --node {doctor}
 if [ "$status" -ne 0 ]; then
     [ -n "$ended" ] || say "the check failed and training was not started; mmd2v launch slurm --no-check leaves it out"
     finish
@@ -121,20 +121,27 @@ def script_of(job: Job) -> str:
         ranks=_srun(job.resources, job.resources.tasks_per_node, _OTHERS_SECONDS),
         mmd2v=_mmd2v(job),
         resume=resume,
-        check=_CHECK.format(nodes=_srun(job.resources, 1, _OTHERS_CHECK_SECONDS)) if job.check else "",
+        check=_check(job) if job.check else "",
         train=" ".join(train),
         requeue_status=REQUEUE_STATUS,
         unanswered_status=_UNANSWERED_STATUS,
     )
 
 
+def _check(job: Job) -> str:
+    gpus = job.resources.gpus_per_node
+    words = ["--run-dir", str(job.run_dir), *(["--gpus", str(gpus)] if gpus else [])]
+    return _CHECK.format(nodes=_srun(job.resources, 1, _OTHERS_CHECK_SECONDS), doctor=shlex.join(words))
+
+
 def _srun(resources: Resources, tasks_per_node: int, others_seconds: int) -> str:
     """The words that start a command on every node; ``others_seconds`` is what is left to tasks once one has ended."""
-    words = ["srun", f"--ntasks={resources.nodes * tasks_per_node}", f"--ntasks-per-node={tasks_per_node}"]
-    words += ["--kill-on-bad-exit=0", f"--wait={others_seconds}"]
+    # The nodes are those of this start: `scontrol update` may have changed their number while the job waited.
+    tasks = f'--nodes="$SLURM_JOB_NUM_NODES" --ntasks="$((SLURM_JOB_NUM_NODES * {tasks_per_node}))"'
+    words = [f"--ntasks-per-node={tasks_per_node}", "--kill-on-bad-exit=0", f"--wait={others_seconds}"]
     if resources.cpus_per_task is not None:  # since SLURM 22.05, srun does not take it from the job
         words.append(f"--cpus-per-task={resources.cpus_per_task}")
-    return shlex.join(words)
+    return f"srun {tasks} {shlex.join(words)}"
 
 
 def _directives(job: Job) -> list[tuple[str, str]]:

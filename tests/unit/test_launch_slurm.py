@@ -84,7 +84,9 @@ def test_directives_of_everything_that_can_be_asked(folder):
     assert {name: said[name] for name in asked} == {**asked, "constraint": "a100\\&fast"}
     assert "gpus-per-node" not in said and said["ntasks-per-node"] == "3" and said["signal"] == "USR1@60"
     # srun takes it from nowhere else.
-    srun = "srun --ntasks=3 --ntasks-per-node=3 --kill-on-bad-exit=0 --wait=60 --cpus-per-task=6"
+    nodes = "$SLURM_JOB_NUM_NODES"
+    srun = f'srun --nodes="{nodes}" --ntasks="$(({nodes[1:]} * 3))" --ntasks-per-node=3 '
+    srun += "--kill-on-bad-exit=0 --wait=60 --cpus-per-task=6"
     assert f'\nto_the_end {srun} "${{mmd2v[@]}}" train ' in text
 
 
@@ -210,7 +212,7 @@ def pretended(folder) -> dict[str, str]:
     for name, text in texts.items():
         (programs / name).write_text(f"#!/bin/bash\n{text}\n")
         (programs / name).chmod(0o755)
-    job = {"SLURM_JOB_ID": "17", "SLURM_JOB_NODELIST": "node[1-2]"}
+    job = {"SLURM_JOB_ID": "17", "SLURM_JOB_NODELIST": "node[1-2]", "SLURM_JOB_NUM_NODES": "2"}
     return {"PATH": f"{programs}:{os.environ['PATH']}", **job}
 
 
@@ -238,7 +240,7 @@ def test_every_argument_arrives_as_it_was_given(folder, pretended):
     assert done.returncode == 0, done.stderr
     ran = words((folder / "srun.log").read_text())
     own = ["--kill-on-bad-exit=0", "--wait=60", job.python, "-m", "mmd2v", "train", str(config)]
-    assert ran == ["--ntasks=8", "--ntasks-per-node=4", *own, "--resume", "auto", *arguments]
+    assert ran == ["--nodes=2", "--ntasks=8", "--ntasks-per-node=4", *own, "--resume", "auto", *arguments]
     assert not (folder / "gone").exists()
 
 
@@ -270,17 +272,20 @@ def test_failed_check_keeps_training_from_starting(folder, pretended):
     done = run_script(make_job(folder), pretended, STATUS="1")
     assert done.returncode == 1 and "the check failed and training was not started" in done.stdout
     calls = (folder / "srun.log").read_text().splitlines()
-    assert len(calls) == 1 and words(calls[0])[-2:] == ["doctor", "--node"]
+    assert len(calls) == 1 and words(calls[0])[8:10] == ["doctor", "--node"]
 
 
 def test_check_and_training_when_all_is_well(folder, pretended):
     assert run_script(make_job(folder), pretended).returncode == 0
     calls = [words(call) for call in (folder / "srun.log").read_text().splitlines()]
-    assert [call[7] for call in calls] == ["doctor", "train"]
-    assert [call[:2] for call in calls] == [  # the check once a node, the run once a GPU
-        ["--ntasks=2", "--ntasks-per-node=1"],
-        ["--ntasks=8", "--ntasks-per-node=4"],
-    ]
+    assert [call[8] for call in calls] == ["doctor", "train"]
+    assert calls[0][9:] == ["--node", "--run-dir", f"{folder}/run", "--gpus", "4"]
+    # The check once a node, the run once a GPU, on as many nodes as this start has.
+    tasks = [["--ntasks=2", "--ntasks-per-node=1"], ["--ntasks=8", "--ntasks-per-node=4"]]
+    assert [call[1:3] for call in calls] == tasks
+    run_script(make_job(folder), pretended, SLURM_JOB_NUM_NODES="1")
+    calls = [words(call) for call in (folder / "srun.log").read_text().splitlines()[2:]]
+    assert [call[:2] for call in calls] == [["--nodes=1", "--ntasks=1"], ["--nodes=1", "--ntasks=4"]]
 
 
 @pytest.mark.parametrize(("sign", "requeued"), [(signal.SIGTERM, False), (signal.SIGUSR1, True)])

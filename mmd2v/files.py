@@ -42,11 +42,22 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
             if file.is_file():
                 _readable(file)
         if temporary.is_file():
-            with open(temporary, "rb") as handle:
+            with naming(path), open(temporary, "rb") as handle:
                 os.fsync(handle.fileno())
         os.replace(temporary, path)
     finally:
         shutil.rmtree(parent, ignore_errors=True)
+
+
+@contextmanager
+def naming(path: str | Path) -> Iterator[None]:
+    """Give an OSError of writing to an open file the name of that file: the system's own has none."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None and error.errno is not None:
+            error.filename = str(path)
+        raise
 
 
 def check_output(flag: str, path: str | Path, *, new: bool = False) -> None:
@@ -73,7 +84,7 @@ def check_output(flag: str, path: str | Path, *, new: bool = False) -> None:
 
 def write_text(path: str | Path, text: str) -> None:
     """Write ``text`` as UTF-8 to ``path`` atomically."""
-    with atomic_path(path) as temporary:
+    with atomic_path(path) as temporary, naming(path):
         temporary.write_text(text, encoding="utf-8")
 
 

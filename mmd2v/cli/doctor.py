@@ -14,14 +14,16 @@ from mmd2v.doctor.finding import Subject
 from mmd2v.errors import UserError, told_once_a_node
 
 _MORE = """Exit status: 0 fit, 1 not, 2 wrong arguments. Before a run, on all of its nodes:
-srun --ntasks-per-node=1 mmd2v doctor --node --config CONFIG.yaml --gpus 8"""
+srun --ntasks-per-node=1 mmd2v doctor --node --config CONFIG.yaml --gpus 8
+torchrun --nnodes 2 … -m mmd2v doctor --nodes --config CONFIG.yaml"""
 
 
 @dataclass(frozen=True)
 class Arguments:
     """Check this machine; with --node, every node on which a launcher started this, and the ways between them."""
 
-    node: tyro.conf.FlagCreatePairsOff[bool] = False
+    # torchrun takes --node for an abbreviation of its own --node-rank, and refuses it even behind the command's name.
+    node: Annotated[tyro.conf.FlagCreatePairsOff[bool], tyro.conf.arg(aliases=["--nodes"])] = False
     """Meet the other ranks of the job; compare nodes, try links, clocks and the shared run folder; name bad nodes."""
     config: Annotated[Path | None, tyro.conf.arg(metavar="CONFIG.yaml")] = None
     """The run that is to start: its run_dir and engine.device are looked at."""

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
-from mmd2v.files import write_text
+from mmd2v.files import naming, write_text
 
 
 class Trace:
@@ -26,12 +27,14 @@ class Trace:
 
     def write(self, step: int, micro_step: int, ids: Sequence[str]) -> None:
         """Record one micro-batch."""
-        self._handle.write(json.dumps({"step": step, "micro_step": micro_step, "ids": list(ids)}) + "\n")
-        self._handle.flush()
+        with naming(self.path):
+            self._handle.write(json.dumps({"step": step, "micro_step": micro_step, "ids": list(ids)}) + "\n")
+            self._handle.flush()
 
     def close(self) -> None:
         """Close the file."""
-        self._handle.close()
+        with suppress(OSError):  # each line was written at once: what is left is one that failed, and was told
+            self._handle.close()
 
 
 def cut_other_traces(file: str | Path, first_step: int, ranks: int) -> None:

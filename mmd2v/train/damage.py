@@ -13,7 +13,7 @@ from mmd2v.distributed.collectives import gather_objects
 from mmd2v.distributed.coordination import from_main_rank, shared_error
 from mmd2v.distributed.environment import World
 from mmd2v.errors import UserError
-from mmd2v.files import write_text
+from mmd2v.files import naming, write_text
 from mmd2v.train.metrics import read_metrics
 
 DAMAGE_FILE = "damage.jsonl"
@@ -54,7 +54,7 @@ class DamageWatch:
         if not new:
             return None
         if self._world.is_main:
-            with open(self._file, "a", encoding="utf-8") as handle:
+            with naming(self._file), open(self._file, "a", encoding="utf-8") as handle:
                 for rank, sample in new:
                     handle.write(json.dumps({"step": step, "rank": rank, **asdict(sample)}, ensure_ascii=False) + "\n")
         try:

@@ -10,6 +10,7 @@ import math
 import sys
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,8 @@ import torch
 
 from mmd2v.distributed.collectives import gather_objects, mean_over_ranks
 from mmd2v.distributed.environment import World
-from mmd2v.files import write_text
+from mmd2v.errors import disk_message
+from mmd2v.files import naming, write_text
 from mmd2v.progress import duration
 from mmd2v.train.finite import ADVICE, diverged
 
@@ -171,11 +173,13 @@ class Reporter:
         """Write one line of ``metrics.jsonl`` and the TensorBoard scalars."""
         if not self._speaks:
             return
-        self._file.write(json.dumps({"step": step, **values}) + "\n")
-        self._file.flush()
+        with naming(self._file.name):
+            self._file.write(json.dumps({"step": step, **values}) + "\n")
+            self._file.flush()
         if self._writer is not None:
-            for name, value in values.items():
-                self._writer.add_scalar(name, value, step)
+            with naming(self._writer.log_dir):
+                for name, value in values.items():
+                    self._writer.add_scalar(name, value, step)
 
     def say(self, text: str) -> None:
         """Print a line."""
@@ -184,7 +188,8 @@ class Reporter:
         if self._bar is not None:
             self._bar.console.print(text, markup=False, highlight=False)
         else:
-            print(text, flush=True)
+            with naming("standard output"):  # it may be a file on a disk that is full
+                print(text, flush=True)
 
     def training_line(self, step: int, values: Mapping[str, float]) -> None:
         """Print the line of one interval; a bar shows its ETA until the next one."""
@@ -207,9 +212,18 @@ class Reporter:
 
     def _close_files(self) -> None:
         if self._writer is not None:
-            self._writer.close()
+            _close(self._writer)
         if self._file is not None:
-            self._file.close()
+            with suppress(OSError):  # each record was written at once: what is left is one that failed, and was told
+                self._file.close()
+
+
+def _close(writer: Any) -> None:
+    """Close TensorBoard's files; an error here must not hide the one that ends the run, which has the same cause."""
+    try:
+        writer.close()
+    except OSError as error:
+        print(f"warning: {writer.log_dir}: the last curves are lost: {disk_message(error)}", file=sys.stderr)
 
 
 def is_loss(name: str) -> bool:

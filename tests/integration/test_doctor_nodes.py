@@ -5,6 +5,7 @@ import os
 import socket
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -67,14 +68,13 @@ def test_node_with_another_run_folder_is_named(tmp_path):
 
 
 def test_rank_that_never_comes_is_named():
-    told = _ranks({0: ["--timeout", "4"]}, 2)
-    status, _, errors = told[0]
-    assert status == 1, told
+    with ThreadPoolExecutor() as both:  # two jobs at a time, each with one of its two ranks
+        first, second = both.map(lambda rank: _ranks({rank: ["--timeout", "4"]}, 2)[rank], (0, 1))
+    status, _, errors = first
+    assert status == 1, first
     assert "rank(s) 1 did not come within 4 s; 1 of 2 ranks did (node0)" in errors
-
-    told = _ranks({1: ["--timeout", "4"]}, 2)
-    status, _, errors = told[1]
-    assert status == 1, told
+    status, _, errors = second
+    assert status == 1, second
     assert "rank 0 did not answer at 127.0.0.1:" in errors and "node1 (rank 1)" in errors
     assert len(errors.splitlines()) == 1
 
@@ -82,7 +82,7 @@ def test_rank_that_never_comes_is_named():
 def test_under_torchrun(tmp_path):
     launcher = Path(sys.executable).with_name("torchrun")
     result = subprocess.run(
-        [launcher, "--nproc-per-node", "2", f"--master-port={_free_port()}", "-m", "mmd2v", "doctor", "--node",
+        [launcher, "--nproc-per-node", "2", f"--master-port={_free_port()}", "-m", "mmd2v", "doctor", "--nodes",
          "--run-dir", str(tmp_path / "run"), "--ranks", "2"],
         env=ENVIRONMENT,
         capture_output=True,

@@ -1,5 +1,6 @@
 """Output files: whole or absent, also after a kill; paths checked before long work; JSON that every reader accepts."""
 
+import errno
 import json
 import os
 import signal
@@ -10,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from mmd2v.errors import UserError
-from mmd2v.files import atomic_path, check_output, write_json, write_text
+from mmd2v.files import atomic_path, check_output, naming, write_json, write_text
 
 HANG = """
 import sys
@@ -113,3 +114,12 @@ def test_files_are_as_readable_as_any_new_file(tmp_path):
     plain.write_text("")
     for path in (tmp_path / "folder" / "inner", tmp_path / "file"):
         assert path.stat().st_mode == plain.stat().st_mode
+
+
+def test_error_of_an_open_file_is_given_its_name():
+    with pytest.raises(OSError) as told, naming("metrics.jsonl"):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    assert told.value.filename == "metrics.jsonl"
+    with pytest.raises(FileNotFoundError) as told, naming("metrics.jsonl"):
+        Path("/absent/other").read_bytes()
+    assert told.value.filename == "/absent/other"  # it has a name of its own

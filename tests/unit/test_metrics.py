@@ -1,6 +1,9 @@
 """Meter, stopwatch, metrics file and the lines of a run."""
 
+import errno
+import io
 import json
+import os
 import time
 
 import pytest
@@ -113,3 +116,25 @@ def test_recorded_recall_is_found(tmp_path):
 def test_names_on_a_line_are_short():
     assert short_name("loss/cls_regression_loss/image") == "cls_regression/image"
     assert short_name("loss") == "loss"
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="there is no /dev/full here")
+def test_file_on_a_full_disk_is_named(tmp_path, monkeypatch):
+    reporter = Reporter(tmp_path, ALONE, steps=10, first_step=0, tensorboard=False)
+    reporter._file.close()
+    reporter._file = open("/dev/full", "w", encoding="utf-8")  # noqa: SIM115 - the reporter closes it
+    with pytest.raises(OSError, match="No space left") as told:
+        reporter.record(5, VALUES)
+    assert told.value.filename == "/dev/full"
+    reporter.close()  # what did not fit is left over, and no second error
+
+    class Full(io.StringIO):
+        def write(self, text: str) -> int:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("sys.stdout", Full())
+    reporter = Reporter(tmp_path, ALONE, steps=10, first_step=0, tensorboard=False)
+    with pytest.raises(OSError) as told:
+        reporter.say("step 5")
+    assert told.value.filename == "standard output"
+    reporter.close()

@@ -294,7 +294,7 @@ class Run:
         for doubt in self.parts.doubts(self.config):
             self.reporter.say(f"warning: {doubt}")
         if start is not None:
-            self.reporter.say(f"continuing from {start} at step {self.step}{self.engine.converted}")
+            self.reporter.say(f"continuing from {start} at step {self.step}")
         if branch is not None:
             self.reporter.say(branch)
         self.reporter.say(f"metrics: {self.run_dir / METRICS_FILE}")

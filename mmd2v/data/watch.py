@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch.utils.data import get_worker_info
 
+from mmd2v.distributed.processes import end_process
+
 
 class Stage(IntEnum):
     """What a worker is busy with."""
@@ -64,13 +66,23 @@ class WorkerStates:
         return f"worker {worker}, which has been {what}{where} for {time.monotonic() - since:.0f} s"
 
 
+_LATE = 2.0  # seconds beyond a tick after which the watching thread itself must have been stopped
+
+
 class Watchdog:
     """Warns while somebody waits for longer than ``seconds``. Use as a context manager and `expect` / `arrived`."""
 
-    def __init__(self, seconds: float, describe: Callable[[], str]) -> None:
-        """``describe`` says, when asked, what is being waited for."""
+    def __init__(self, seconds: float, describe: Callable[[], str], end_after: float | None = None) -> None:
+        """Watch over one thread.
+
+        Args:
+            seconds: from one warning to the next.
+            describe: says, when asked, what is being waited for.
+            end_after: seconds after which the whole process ends; None: never. For a thread that waits where nothing
+                can be raised in it.
+        """
         self.seconds = seconds
-        self._describe = describe
+        self._describe, self._end_after = describe, end_after
         self._since: float | None = None
         self._end = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="mmd2v-watchdog", daemon=True)
@@ -92,14 +104,27 @@ class Watchdog:
         self._since = None
 
     def _watch(self) -> None:
-        told = 0
-        tick = min(1.0, self.seconds / 4)
+        told, excused = 0, 0.0
+        looked, watched = time.monotonic(), self._since
+        tick = min(1.0, self.seconds / 4, (self._end_after or self.seconds) / 4)
         while not self._end.wait(tick):
-            since = self._since
+            now, since = time.monotonic(), self._since
+            # A late tick: the job was suspended, and the data with it.
+            pause = now - looked if now - looked > tick + _LATE else 0.0
+            looked = now
+            if since != watched:
+                told, excused, watched = 0, 0.0, since
             if since is None:
-                told = 0
                 continue
-            waited = time.monotonic() - since
+            excused += min(pause, now - since)
+            waited = now - since - excused
+            if self._end_after is not None and waited >= self._end_after:
+                end_process(stalled(self._describe()))
             if waited >= (told + 1) * self.seconds:
                 told = int(waited / self.seconds)
                 print(f"no batch for {waited:.0f} s: waiting for {self._describe()}", file=sys.stderr, flush=True)
+
+
+def stalled(awaited: str) -> str:
+    """Say that data.stall_timeout has passed."""
+    return f"data.stall_timeout: no batch in that time; waited for {awaited}"

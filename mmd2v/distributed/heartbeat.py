@@ -30,7 +30,8 @@ from typing import Any, NamedTuple
 
 import torch.distributed as dist
 
-from mmd2v.distributed.collectives import broadcast_object, gather_objects
+from mmd2v.distributed.collectives import gather_objects
+from mmd2v.distributed.coordination import from_main_rank
 from mmd2v.distributed.environment import World
 from mmd2v.distributed.heartline import Line, Message, is_greeting
 from mmd2v.distributed.processes import end_process, farewells
@@ -83,11 +84,14 @@ class Pulse:
         if self._world.size == 1:
             return self
         host = socket.gethostname()
-        listener = _listen(self._world.size) if self._world.is_main else None
-        mine = None
-        if listener is not None:
-            mine = _Meeting(_addresses(), listener.getsockname()[1], secrets.token_hex(16))
-        meeting: _Meeting = broadcast_object(mine)
+        listener: socket.socket | None = None
+
+        def meet_here() -> _Meeting:
+            nonlocal listener
+            listener = _listen(self._world.size)
+            return _Meeting(_addresses(), listener.getsockname()[1], secrets.token_hex(16))
+
+        meeting: _Meeting = from_main_rank(meet_here)
         watch = _Watch(self, self._world, self._timeout, host, meeting, listener)
         problem = watch.begin()
         found: list[tuple[str, str | None]] = gather_objects((host, problem))

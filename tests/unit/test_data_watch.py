@@ -1,5 +1,9 @@
 """A loader that is late says who is late, and ends when it is too late."""
 
+import signal
+import socket
+import subprocess
+import sys
 import time
 
 import pytest
@@ -11,6 +15,7 @@ from mmd2v.data.batch import Batch
 from mmd2v.data.loader import Loader, report_errors
 from mmd2v.data.watch import Stage, WorkerStates
 from mmd2v.data.workers import worker_share
+from mmd2v.distributed.processes import LOST_STATUS
 from mmd2v.errors import UserError
 
 
@@ -46,7 +51,9 @@ def test_a_late_worker_is_named_with_its_rank_and_shard(capfd):
 
 
 def test_too_late_is_an_error_with_the_name(capfd):
-    with pytest.raises(UserError, match=r"data\.stall_timeout: .* rank 3's worker 1, .* reading s3://b/40\.tar"):
+    with pytest.raises(
+        UserError, match=r"data\.stall_timeout: .* rank 3's worker 1, .* reading s3://b/40\.tar .*, on host "
+    ):
         list(loader(60, stall_warning=0.5, stall_timeout=2))
 
 
@@ -79,3 +86,35 @@ def test_a_mistake_in_a_worker_keeps_its_traceback():
     with pytest.raises(RuntimeError, match="shape mismatch in DataLoader worker code") as caught:
         list(Loader(DataPipeline(Broken(), report_errors), chosen, None))
     assert not isinstance(caught.value, UserError) and "in __call__" in str(caught.value)
+
+
+def test_too_late_in_the_training_process_ends_it_with_the_name():
+    code = """
+import threading, sys
+sys.path.insert(0, "tests/unit")
+import test_data_watch as here
+here.Slow.__call__ = lambda self: iter([self.states.enter(here.Stage.READING, 0, 40), threading.Event().wait()])
+list(here.loader(0, workers=0, stall_warning=60, stall_timeout=1))
+"""
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert ended.returncode == LOST_STATUS, ended.stderr
+    told = ended.stderr.splitlines()[-1]
+    assert told.startswith("error: data.stall_timeout: no batch in that time; waited for rank 3's worker 0, ")
+    assert " reading s3://b/40.tar for " in told and told.endswith(f"on host {socket.gethostname()}")
+
+
+def test_time_in_which_the_whole_process_is_stopped_is_no_wait():
+    code = """
+import os, sys, threading, time
+from mmd2v.data.watch import Watchdog
+with Watchdog(60, lambda: "it", end_after=3) as watchdog:
+    watchdog.expect()
+    print("waiting", flush=True)
+    time.sleep(5.5)
+"""
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout.readline() == "waiting\n"
+        process.send_signal(signal.SIGSTOP)
+        time.sleep(4)
+        process.send_signal(signal.SIGCONT)
+        assert process.wait(60) == 0

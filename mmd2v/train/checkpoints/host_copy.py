@@ -29,7 +29,8 @@ class HostBuffers:
     def copy(self, value: Any) -> Any:
         """Return a deep copy of ``value`` with its tensors on the host.
 
-        Tensors that share a storage share the copy. Copies from CUDA are complete only after `complete`. Raises RuntimeError or MemoryError without memory.
+        Tensors that share a storage share the copy. Copies from CUDA are complete only after `complete`. Raises
+        RuntimeError or MemoryError without memory.
         """
         return _Copy(self).of(value)
 

@@ -7,10 +7,9 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from multiprocessing.process import BaseProcess
 from types import FrameType, TracebackType
 from typing import Protocol
 
@@ -24,7 +23,7 @@ from mmd2v.data.handover import Parcel, Ring, send, start_worker
 from mmd2v.data.watch import Watchdog, WorkerStates, stalled
 from mmd2v.errors import UserError
 
-_LOOKS_FOR_PARENT = 5  # seconds from one look to the next, once there was a SIGTERM
+_LOOKS_AGAIN = 5  # seconds from one look to the next, once there was a SIGTERM
 
 
 class Order(Protocol):
@@ -112,10 +111,13 @@ class Loader:
 
         # A ring an iteration: the workers of an earlier one may have been ended at any point.
         ring = Ring(self._workers, self._prefetch, self._images) if self._images and self._workers else None
-        self._loader.worker_init_fn = partial(_start_worker, ring)
+        # Workers outlive the scheduler's SIGTERM, but not torch's, which comes when the iteration is over: at its end,
+        # or at that of the process where an error of ours has kept this very frame so long.
+        over = torch.zeros(1, dtype=torch.uint8).share_memory_()
+        end = partial(over.fill_, 1)
+        self._loader.worker_init_fn = partial(_start_worker, ring, over)
         batches = iter(self._loader)  # forks: before the watchdog's thread, of which a fork would copy half
-        kill = partial(_kill, getattr(batches, "_workers", ()))
-        atexit.register(kill)  # an error of ours may keep this very frame to the end
+        atexit.register(end)  # after torch has registered its own, hence called before that
         try:
             with Watchdog(self._stall_warning, awaited, self._end_after) as watchdog:
                 while True:
@@ -138,9 +140,9 @@ class Loader:
         finally:
             # Ends the workers now. Left to the garbage collector, their queues may go first, and torch would wait for
             # seconds for workers that never hear of the end.
+            end()
             del batches
-            kill()
-            atexit.unregister(kill)
+            atexit.unregister(end)
 
     def epochs(self, index: int) -> dict[str, float]:
         """Passes over the data before a position (a sample, or a step of tokens).
@@ -170,21 +172,14 @@ def _explained(error: RuntimeError, awaited: str) -> Exception | None:
     return None
 
 
-def _outlive(parent: int, number: int, frame: FrameType | None) -> None:
-    """Answer SIGTERM, and then SIGALRM, in a worker: end when the training process has."""
-    if os.getppid() != parent:
+def _outlive(parent: int, over: torch.Tensor, number: int, frame: FrameType | None) -> None:
+    """Answer SIGTERM, and then SIGALRM, in a worker: end when the iteration is over or the training process gone."""
+    if over.item() or os.getppid() != parent:
         os._exit(0)
-    signal.alarm(_LOOKS_FOR_PARENT)
+    signal.alarm(_LOOKS_AGAIN)
 
 
-def _kill(workers: Sequence[BaseProcess]) -> None:
-    """End workers that torch has waited for in vain: it sends them SIGTERM, which they outlive."""
-    for worker in workers:
-        if worker.is_alive():
-            worker.kill()
-
-
-def _start_worker(ring: Ring | None, worker: int) -> None:
+def _start_worker(ring: Ring | None, over: torch.Tensor, worker: int) -> None:
     start_worker(ring)
     # One process a core: more threads in each would only fight.
     torch.set_num_threads(1)
@@ -193,7 +188,7 @@ def _start_worker(ring: Ring | None, worker: int) -> None:
     # So do a scheduler's signals: the training process finishes its step or evaluation with the batches it needs.
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     for number in (signal.SIGTERM, signal.SIGALRM):
-        signal.signal(number, partial(_outlive, os.getppid()))
+        signal.signal(number, partial(_outlive, os.getppid(), over))
     shown = sys.excepthook
 
     def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:

@@ -225,7 +225,10 @@ def _misadventures(base: str) -> dict[str, str]:
     shutil.copytree(runs / "full", copy)
     file = next((copy / "checkpoints" / "step-000006").glob("*_optim_states.pt"))
     file.write_bytes(file.read_bytes()[:1000])
-    attempt("damaged", *full[2:], "--run_dir", str(copy), "--steps", "8", resume="auto")
+    again = [*full[2:], "--run_dir", str(copy), "--steps", "8"]
+    attempt("damaged, named", *again, resume=str(file.parent))
+    attempt("damaged", *again, resume="auto")
+    said["left by damage"] = " ".join(_names(copy / "checkpoints"))
     return said
 
 
@@ -300,8 +303,14 @@ def test_full_disk_while_exporting_is_one_line(whole, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_damaged_checkpoint_is_named(said):
-    assert "damaged/checkpoints/step-000006: the checkpoint is damaged" in said["damaged"]
+def test_damaged_checkpoint_that_is_named_is_refused(said):
+    assert "damaged/checkpoints/step-000006: the checkpoint is damaged" in said["damaged, named"]
+    assert "_optim_states.pt has 1,000 bytes instead of" in said["damaged, named"]
+
+
+def test_damaged_checkpoint_is_left_for_the_one_before(said):
+    assert said["damaged"] == "went well"
+    assert said["left by damage"] == "abandoned-step-000004 damaged-step-000006 step-000005 step-000008"
 
 
 # --------------------------------------------------------------------------------- launcher, dry run

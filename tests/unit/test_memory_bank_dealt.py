@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -53,6 +53,7 @@ def _equal(found: MemoryBank, expected: MemoryBank) -> bool:
     return all(torch.equal(a, b) for a, b in states)
 
 
+@settings(max_examples=40)
 @given(
     st.sampled_from([1, 2, 3, 4, 6, 12]),
     st.sampled_from([1, 2, 3, 4, 6, 12]),

@@ -71,6 +71,6 @@ def _write_error(error: OSError | RuntimeError, folder: Path) -> str | None:
     """Say what the disk refused; None for an error in reading the checkpoint."""
     if isinstance(error, RuntimeError):  # torch's writer has none of its own
         return "the disk is full or a quota is reached" if "PytorchStreamWriter" in str(error) else None
-    if error.filename is None or str(folder) in str(error.filename):
-        return disk_message(error)
-    return None
+    if error.errno is None:  # DeepSpeed's own
+        return None
+    return disk_message(error) if error.filename is None or str(folder) in str(error.filename) else None

@@ -71,7 +71,7 @@ class Masking:
         longest = int(lengths.max(initial=0))
         # The visible tokens are the first ones by: CLS, then (images) those in a block, then by lot.
         lot_CL = draw(keys_C[:, None], torch.arange(longest, device=device) + RANGE // 2)
-        if config.block > 1:
+        if config.block > 1 and sequences:
             assert self.grid is not None
             in_block_CP = draw_blocks(keys_C, self.grid, self._blocks(), config.block).flatten(1)
             lot_CL = lot_CL - RANGE * F.pad(in_block_CP.long(), (int(self.has_cls), 0))
@@ -122,7 +122,7 @@ def draw_blocks(keys_C: torch.Tensor, grid: tuple[int, int], count: int, side: i
     is_centre_CP = torch.zeros(len(keys_C), rows * columns, device=keys_C.device).scatter_(1, centres, 1.0)
     # A block reaches side // 2 up and left of its centre: a patch looks for centres the other way round.
     before, after = side - 1 - side // 2, side // 2
-    padded = F.pad(is_centre_CP.view(len(keys_C), 1, rows, columns), (before, after, before, after))
+    padded = F.pad(is_centre_CP.view(-1, 1, rows, columns), (before, after, before, after))
     return F.max_pool2d(padded, side, stride=1)[:, 0] > 0
 
 

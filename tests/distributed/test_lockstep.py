@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from harness import run_distributed_test
@@ -83,7 +84,7 @@ def _config(file: Path, data: Path, **changes: Any) -> Config:
     )
 
 
-def _train(config: Config) -> dict[str, torch.Tensor]:
+def _train(config: Config) -> dict[str, np.ndarray]:
     """Train with the mixed loader; return this rank's weights, whole."""
     parts = []
     with pytest.MonkeyPatch.context() as patch:
@@ -98,14 +99,14 @@ def _train(config: Config) -> dict[str, torch.Tensor]:
         loop.train(config)
     named = dict(parts[0].module.named_parameters())
     if config.engine.zero_stage < 3:
-        return {name: p.detach().clone() for name, p in named.items()}
+        return {name: p.detach().numpy().copy() for name, p in named.items()}
     import deepspeed
 
     with deepspeed.zero.GatheredParameters(list(named.values())):
-        return {name: p.detach().clone() for name, p in named.items()}
+        return {name: p.detach().numpy().copy() for name, p in named.items()}
 
 
-def _runs(data: Path, folder: Path) -> list[dict[str, torch.Tensor]]:
+def _runs(data: Path, folder: Path) -> list[dict[str, np.ndarray]]:
     found = []
     for stage in STAGES:
         found.append(_train(_config(folder / f"zero{stage}.yaml", data, engine__zero_stage=stage)))
@@ -125,10 +126,10 @@ def data(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def runs(data, tmp_path_factory) -> tuple[Path, list[list[dict[str, torch.Tensor]]]]:
+def runs(data, tmp_path_factory) -> tuple[Path, list[list[dict[str, np.ndarray]]]]:
     """Folder of the runs, and by rank and stage the weights."""
     folder = tmp_path_factory.mktemp("runs")
-    return folder / "runs", run_distributed_test(_runs, 2, args=(data, folder), timeout=200)
+    return folder / "runs", run_distributed_test(_runs, 2, args=(data, folder), timeout=400)
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -151,8 +152,8 @@ def test_ranks_end_with_the_same_weights_at_every_stage(runs, stage):
     _, weights = runs
     of_stage = STAGES.index(stage)
     for name, value in weights[0][of_stage].items():
-        assert torch.equal(value, weights[1][of_stage][name]), name
-        torch.testing.assert_close(value, weights[0][0][name], rtol=0, atol=1e-5)
+        assert np.array_equal(value, weights[1][of_stage][name]), name
+        np.testing.assert_allclose(value, weights[0][0][name], rtol=0, atol=1e-5, err_msg=name)
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -162,7 +163,7 @@ def test_no_weight_is_lost_in_checkpoint_and_export(runs, tmp_path, stage):
     trained = weights[0][STAGES.index(stage)]
     state = consolidate(run / "checkpoints" / f"step-{STEPS:06d}")
     for name, value in trained.items():
-        assert torch.equal(state[name], value), name
+        assert torch.equal(state[name], torch.from_numpy(value)), name
 
     assert export_command.main([str(run), "--out", str(tmp_path / "export")]) == 0
     exported = load_file(tmp_path / "export" / "model.safetensors")
@@ -171,10 +172,5 @@ def test_no_weight_is_lost_in_checkpoint_and_export(runs, tmp_path, stage):
     initial = build_student(config, load_tokenizer(config.data.tokenizer)).state_dict()
     assert exported.keys() == initial.keys()
     for name, value in exported.items():
-        assert torch.equal(value, trained[f"student.{name}"]), name
-        frozen = name.startswith(FROZEN) and not name.startswith(f"{FROZEN}grid")
-        assert torch.equal(value, initial[name]) == (frozen or _has_no_gradient(name)), name
-
-
-def _has_no_gradient(name: str) -> bool:
-    return name.startswith((FROZEN, "projection."))  # a projection that no objective sees
+        assert torch.equal(value, torch.from_numpy(trained[f"student.{name}"])), name
+        assert torch.equal(value, initial[name]) == name.startswith(FROZEN), name

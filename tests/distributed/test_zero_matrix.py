@@ -31,7 +31,7 @@ def _train_all(data: Path, folder: Path) -> list[list[float]]:
                 {"kind": "mome", "layer_scale": 0.5, "layer_drop": 0.5},
                 {"kind": "shared", "norm": "post"},
             ],
-            model__freeze=["layers.0.attention.image.*"],
+            model__freeze=["layers.0.attention.image.*", "layers.2.mlp.*"],
             model__activation_checkpointing=checkpointing,
             optimizer__lr=1e-3,
             engine__zero_stage=stage,

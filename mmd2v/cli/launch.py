@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -146,7 +147,8 @@ def describe_job(command: Slurm, overrides: Sequence[str]) -> Job:
         raise UserError(f"--resume: folder '{command.resume}' does not exist; expected {AUTO} or a checkpoint or run")
     in_file = command.container is not None and "://" not in command.container
     return Job(
-        name=f"{name}-{hashlib.sha256(str(run_dir).encode()).hexdigest()[:6]}",
+        # SLURM's commands read a list where a name has a comma.
+        name=f"{re.sub('[^A-Za-z0-9_.-]+', '-', name)}-{hashlib.sha256(str(run_dir).encode()).hexdigest()[:6]}",
         run_dir=run_dir,
         folder=Path.cwd(),
         python="python3" if command.container else sys.executable,

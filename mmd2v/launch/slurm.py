@@ -99,7 +99,8 @@ _CHECK = """
 # A node that is not well is named before it stops a run of days.
 to_the_end {nodes} "${{mmd2v[@]}}" doctor --node {doctor}
 if [ "$status" -ne 0 ]; then
-    [ -n "$ended" ] || say "the check failed and training was not started; mmd2v launch slurm --no-check leaves it out"
+    [ -n "$ended" ] || [ "$status" -eq {unanswered_status} ] ||
+        say "the check failed and training was not started; mmd2v launch slurm --no-check leaves it out"
     finish
 fi
 """
@@ -131,7 +132,8 @@ def script_of(job: Job) -> str:
 def _check(job: Job) -> str:
     gpus = job.resources.gpus_per_node
     words = ["--run-dir", str(job.run_dir), *(["--gpus", str(gpus)] if gpus else [])]
-    return _CHECK.format(nodes=_srun(job.resources, 1, _OTHERS_CHECK_SECONDS), doctor=shlex.join(words))
+    srun = _srun(job.resources, 1, _OTHERS_CHECK_SECONDS)
+    return _CHECK.format(nodes=srun, doctor=shlex.join(words), unanswered_status=_UNANSWERED_STATUS)
 
 
 def _srun(resources: Resources, tasks_per_node: int, others_seconds: int) -> str:

@@ -265,6 +265,7 @@ def test_job_that_cannot_be_queued_again_says_how_to_go_on(folder, pretended):
 def test_notice_during_the_check_queues_the_job_again(folder, pretended):
     done = run_script(make_job(folder), pretended, STATUS="138")
     assert done.returncode == 138 and (folder / "scontrol.log").read_text() == "requeue 17\n"
+    assert "the check failed" not in done.stdout
     assert len((folder / "srun.log").read_text().splitlines()) == 1
 
 
@@ -396,6 +397,7 @@ def test_jobs_of_one_run_share_a_name_and_those_of_others_do_not(folder):
         return launch.describe_job(launch.Slurm("small.yaml", 1, 1), overrides).name
 
     assert name() == name("--optimizer.lr", "1e-3") != name("--run_dir", "elsewhere")
+    assert name("--name", "a, b'c/é").startswith("a-b-c-")
 
 
 def test_what_sbatch_says_is_told(folder, pretended):

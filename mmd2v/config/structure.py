@@ -12,8 +12,11 @@ from typing import Any
 from mmd2v.config.model import LayerConfig, ModelConfig
 
 NOT_STRUCTURE = frozenset(
-    {"dropout", "drop_path", "layer_drop", "token_drop", "masking", "init", "weights", "sources"}
-    | {"activation_checkpointing"}
+    {
+        *("dropout", "drop_path", "layer_drop", "token_drop", "masking"),
+        *("init", "weights", "sources"),
+        "activation_checkpointing",
+    }
 )
 """Keys of the model section that may change on the way: they make noise, name where first weights came from, or trade
 time for memory."""

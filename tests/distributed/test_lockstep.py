@@ -18,6 +18,7 @@ from mmd2v.config.schema import Config
 from mmd2v.data.batch import Batch
 from mmd2v.data.tokenizers import load_tokenizer
 from mmd2v.distributed.collectives import barrier, rank
+from mmd2v.models.layer_drop import dropped_layers
 from mmd2v.models.student import build_student
 from mmd2v.train import loop
 from mmd2v.train.consolidate import consolidate
@@ -25,6 +26,8 @@ from mmd2v.train.metrics import read_metrics
 
 STEPS = 6
 STAGES = (0, 2, 3)
+SEED = 3
+LAYER_DROP = (0.5, 0.5, 0.5)
 FROZEN = "encoders.image."
 LOSSES = {"cls_regression_loss/image", "cls_regression_loss/text", "cls_regression_loss/text_2"}
 
@@ -63,10 +66,12 @@ def _config(file: Path, data: Path, **changes: Any) -> Config:
     ]
     resnet = {"name": f"timm:test_resnet@{data / 'teacher.safetensors'}", "precision": "fp32", "image_size": 32}
     bert = {"name": f"hf:{data / 'bert'}", "modality": "text", "precision": "fp32"}
-    layers = [{"kind": kind, "layer_drop": 0.5} for kind in ("separate", "mome", "shared")]
+    kinds = ("separate", "mome", "shared")
+    layers = [{"kind": kind, "layer_drop": drop} for kind, drop in zip(kinds, LAYER_DROP, strict=True)]
     return run_config(
         file,
         data,
+        seed=SEED,
         steps=STEPS,
         objectives=objectives,
         teachers={"resnet": resnet, "bert": bert},
@@ -143,6 +148,8 @@ def test_every_loss_is_a_number_and_that_of_zero_0(runs, stage):
         terms = {key: value for key, value in record.items() if key.startswith("loss")}
         assert {key.removeprefix("loss/") for key in terms} == {"loss", *LOSSES}
         assert terms == pytest.approx({key: reference[key] for key in terms}, abs=1e-5)
+    drawn = {dropped_layers(loop.position_seed(SEED, step), LAYER_DROP) for step in range(STEPS)}
+    assert len(drawn) > 2  # steps differ in what they skip
     # Rank 0 has no text in every third micro-batch alone, and two of them make a step.
     assert all(record[f"loss/{name}"] > 0 for record in found for name in LOSSES)
 

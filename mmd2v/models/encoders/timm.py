@@ -72,13 +72,14 @@ class TimmEncoder(ModalityEncoder):
         """
         dtype = next(self.backbone.parameters()).dtype
         # A library's model is seldom able to run on no image: it gets a black one, whose features nobody sees.
-        images, count = batch.images, batch.image_count
-        if not count:
+        images, absent = batch.images, not batch.image_count
+        if absent:
             self._check_without_images()
             images = batch.images.new_zeros(1, 3, self.image_size, self.image_size)
         with torch.no_grad() if self.frozen else contextlib.nullcontext():
             map_BCHW, pooled_BC = backbone_features(self.backbone, self.normalize(images, dtype), self.feature)
-        map_BCHW, pooled_BC = map_BCHW[:count], None if pooled_BC is None else pooled_BC[:count]
+        if absent:
+            map_BCHW, pooled_BC = map_BCHW[:0], None if pooled_BC is None else pooled_BC[:0]
         feature_BC = pooled_BC.float() if self.feature_width is not None and pooled_BC is not None else None
         return Encoded(self.grid(self.feature_norm(map_BCHW.flatten(2).transpose(1, 2))), feature_BC)
 

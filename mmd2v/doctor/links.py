@@ -56,6 +56,16 @@ def form_group(meeting: Meeting) -> str:
     return ""
 
 
+def at_fault(answers: Sequence[str | None], rank: int) -> bool:
+    """Tell whether a rank's own error, of all that `form_group` gave, is no mere wait for others.
+
+    ``answers``: the errors by rank, empty where there is none, None of a rank that is silent. Where everybody waited
+    in vain and nobody is silent, there is no telling.
+    """
+    culprits = [i for i, answer in enumerate(answers) if answer is None or (answer and "timeout" not in answer.lower())]
+    return bool(answers[rank]) and (rank in culprits or not culprits)
+
+
 def reach_next(meeting: Meeting) -> str:
     """Connect to the next rank by a plain socket, for when gloo does not say which nodes fail; return the error."""
     place = meeting.place
@@ -65,6 +75,8 @@ def reach_next(meeting: Meeting) -> str:
         addresses = meeting.gather("address", [address_of_this_node(), listener.getsockname()[1]], SECONDS)
         address = addresses[(place.rank + 1) % place.size]
         error = ""
+        if address is None:  # it is silent, and told as such
+            address = addresses[place.rank]
         try:
             socket.create_connection(tuple(address), timeout=SECONDS / 6).close()
         except OSError as problem:
@@ -82,6 +94,8 @@ def measure_ring(meeting: Meeting, backend: str, device: torch.device, group: An
     found = []
     for sender in _turns(size, rank):
         receiver = (sender + 1) % size
+        if meeting.lost & {sender, receiver}:
+            continue
         link = _attempt(meeting, backend, sender, receiver, device, group)
         if link is not None:
             found.append(link)
@@ -93,11 +107,11 @@ def _turns(size: int, rank: int) -> list[int]:
 
     First those of even senders, then of odd ones; an odd ring's last link shares a rank with the first and comes last.
     """
+    return sorted({rank, (rank - 1) % size}, key=lambda sender: _turn(size, sender))
 
-    def turn(sender: int) -> int:
-        return 2 if size % 2 and sender == size - 1 else sender % 2
 
-    return sorted({rank, (rank - 1) % size}, key=turn)
+def _turn(size: int, sender: int) -> int:
+    return 2 if size % 2 and sender == size - 1 else sender % 2
 
 
 def _attempt(
@@ -107,7 +121,8 @@ def _attempt(
     name = f"{backend}/{sender}"
     try:
         meeting.store.set(f"{name}/{own}", "")
-        meeting.wait(f"{name}/{other}", 4 * SECONDS)  # the other may be held by its own broken link before
+        # The other may be held before by a broken link of its own: by waiting there as here, and then by the link.
+        meeting.wait(f"{name}/{other}", SECONDS * (1 + 2 * _turn(meeting.place.size, sender)))
         block = _pattern(sender, backend, device)
         if own == receiver:
             _receive(block, sender, group)

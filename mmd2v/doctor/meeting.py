@@ -48,6 +48,8 @@ class Meeting:
         ``store`` takes the place of one over the network.
         """
         self.place = place
+        self.lost: set[int] = set()
+        """Ranks that did not come to a gathering: nobody waits for them again."""
         if store is None:
             store = dist.HashStore() if place.size == 1 else _open(place, seconds)
         # torchrun keeps one store for all its attempts: what an earlier one has said does not count.
@@ -59,20 +61,27 @@ class Meeting:
 
         Every rank gets the same list. Raises Apart on the others when rank 0 says nothing.
         """
-        self.store.set(f"{name}/{self.place.rank}", json.dumps(value))
+        self.store.set(f"{name}/{self.place.rank}", json.dumps([value]))
         if self.place.rank:
-            return json.loads(self.wait(f"{name}/all", seconds + _MARGIN))
+            boxes = json.loads(self.wait(f"{name}/all", seconds + _MARGIN))
+        else:
+            boxes = self._collect(name, seconds)
+            self.store.set(f"{name}/all", json.dumps(boxes))
+        self.lost |= {rank for rank, box in enumerate(boxes) if box is None}
+        return [None if box is None else box[0] for box in boxes]
+
+    def _collect(self, name: str, seconds: float) -> list[list[Any] | None]:
+        """Return what every rank has left, each in a list of its own; None for those of which there is nothing."""
         deadline = time.monotonic() + seconds
-        missing = list(range(self.place.size))
+        missing = [rank for rank in range(self.place.size) if rank not in self.lost]
         while missing := [rank for rank in missing if not self.store.check([f"{name}/{rank}"])]:
             if time.monotonic() > deadline:
                 break
             time.sleep(_LOOK_EVERY)
-        values = [
-            None if rank in missing else json.loads(self.store.get(f"{name}/{rank}")) for rank in range(self.place.size)
+        absent = self.lost.union(missing)
+        return [
+            None if rank in absent else json.loads(self.store.get(f"{name}/{rank}")) for rank in range(self.place.size)
         ]
-        self.store.set(f"{name}/all", json.dumps(values))
-        return values
 
     def wait(self, key: str, seconds: float) -> str:
         """Return what somebody sets ``key`` to; raise Apart after ``seconds``."""

@@ -22,8 +22,8 @@ from mmd2v.doctor.software import versions
 from mmd2v.doctor.table import Node, Outcome, by_node, render
 from mmd2v.files import write_json
 
-REPORT_SECONDS = SECONDS + 8 * links.SECONDS
-"""After which rank 0 gives up on a rank: its own checks, and links that are lost one after another."""
+REPORT_SECONDS = 4 * links.SECONDS
+"""After which rank 0, which is done then, gives up on a rank: links may be lost to it one after another."""
 
 _SHARED, _CLOCK, _ALIKE, _RANKS = "shared folder", "clock", "software", "ranks"
 _LINKS = {"gloo": "link", "nccl": "NCCL link"}
@@ -121,13 +121,14 @@ def _between(meeting: Meeting, found: list[Named], gpus: int) -> list[links.Link
     error = links.form_group(meeting)
     local = place.local_rank or 0
     mine = local if local < gpus else None
-    told = meeting.gather("group", [error, mine], 4 * links.SECONDS)
-    if any(answer is None or answer[0] for answer in told):
+    told = meeting.gather("group", [error, mine], SECONDS + 2 * links.SECONDS)
+    errors = [None if answer is None else answer[0] for answer in told]
+    if any(answer is None or answer for answer in errors):
         meeting.at("reaching the next rank by a socket")
         reached = links.reach_next(meeting)
         if reached:
             return [links.Link("gloo", place.rank, (place.rank + 1) % size, reached)]
-        if error:
+        if links.at_fault(errors, place.rank):
             hint = "see that the node's name stands for an address others reach, or set GLOO_SOCKET_IFNAME"
             found.append(Named(_LINKS["gloo"], Finding("error", f"no group by gloo: {error}", hint, "fails")))
         return []
@@ -137,9 +138,10 @@ def _between(meeting: Meeting, found: list[Named], gpus: int) -> list[links.Link
         found.append(Named(_CLOCK, Finding("ok", "the others are compared with it", short="—")))
     else:
         found.append(Named(_CLOCK, links.clock_offset(meeting)))
+    meeting.gather("clocks", "", 2 * links.SECONDS)  # so that all come to the links together
     meeting.at("trying its links by gloo")
     ring = links.measure_ring(meeting, "gloo", torch.device("cpu"))
-    if all(answer[1] is not None for answer in told):
+    if all(answer[1] is not None for answer in told) and not meeting.lost:
         meeting.at("trying its links by NCCL")
         device = torch.device("cuda", local)
         torch.cuda.set_device(device)
@@ -163,6 +165,7 @@ def _judged(meeting: Meeting, reports: Sequence[dict[str, Any] | None], labels: 
     for at, finding in comparing.compare_gpus([reports[rank]["models"] for rank in first_ranks]).items():
         said[first_ranks[at]].append(Named("GPUs", finding))
     ring = [links.Link(**link) for rank in heard for link in reports[rank]["links"]]
+    ring = [link for link in ring if {link.sender, link.receiver} <= set(heard)]  # a silent rank is told as such
     for backend, check in _LINKS.items():
         judged = links.judge_links([link for link in ring if link.backend == backend], labels)
         for rank, findings in judged.items():

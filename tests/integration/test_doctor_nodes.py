@@ -8,6 +8,8 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import pytest
+
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 DOCTOR = [sys.executable, "-m", "mmd2v", "doctor", "--node"]
 
@@ -18,7 +20,9 @@ def _free_port() -> int:
         return listener.getsockname()[1]
 
 
-def _ranks(arguments: dict[int, list[str]], size: int) -> dict[int, tuple[int, str, str]]:
+def _ranks(
+    arguments: dict[int, list[str]], size: int, environ: dict[int, dict[str, str]] | None = None
+) -> dict[int, tuple[int, str, str]]:
     """Start some ranks of ``size`` on nodes node0, node1, …; return (status, output, errors) of each."""
     port = str(_free_port())
     processes = {}
@@ -34,7 +38,7 @@ def _ranks(arguments: dict[int, list[str]], size: int) -> dict[int, tuple[int, s
         }
         processes[rank] = subprocess.Popen(
             [*DOCTOR, *own],
-            env=ENVIRONMENT | launched,
+            env=ENVIRONMENT | launched | (environ or {}).get(rank, {}),
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -77,6 +81,14 @@ def test_rank_that_never_comes_is_named():
     assert status == 1, second
     assert "rank 0 did not answer at 127.0.0.1:" in errors and "node1 (rank 1)" in errors
     assert len(errors.splitlines()) == 1
+
+
+@pytest.mark.slow  # gloo on the other nodes waits half a minute
+def test_node_that_others_cannot_reach_is_named():
+    told = _ranks({rank: [] for rank in range(3)}, 3, {1: {"GLOO_SOCKET_IFNAME": "nonesuch"}})
+    assert [status for status, _, _ in told.values()] == [1, 1, 1], told
+    assert "no group by gloo: " in told[0][1] and "nonesuch" in told[0][1]
+    assert told[0][1].splitlines()[-1] == "bad: node1 (rank 1) (of 3 nodes)"
 
 
 def test_under_torchrun(tmp_path):

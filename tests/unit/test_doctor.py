@@ -278,6 +278,14 @@ def test_link_that_is_slow():
     assert links.judge_links([Link("gloo", 0, 1, "", 1e6, 1e-3)], NAMES)[0][0].level == "warning"
 
 
+def test_who_is_at_fault_when_no_group_is_formed():
+    waited, own = "wait timeout after 30000ms", "Unable to find address for: eth7"
+    assert [links.at_fault([waited, own, waited], rank) for rank in range(3)] == [False, True, False]
+    assert [links.at_fault([waited, waited], rank) for rank in range(2)] == [True, True]
+    assert not links.at_fault([waited, None], 0)  # it waited for one that is silent
+    assert not links.at_fault(["", own], 0)
+
+
 @pytest.mark.parametrize("size", [2, 3, 4, 5, 8, 9])
 def test_links_of_one_turn_share_no_rank(size):
     done: list[int] = []
@@ -377,7 +385,7 @@ def test_everybody_comes():
 
 def test_who_does_not_come_is_named():
     (first, *_) = _meetings(3)
-    first.store.set("roll/2", json.dumps("node3"))
+    first.store.set("roll/2", json.dumps(["node3"]))
     slurm = {"SLURMD_NODENAME": "node1", "SLURM_STEP_NODELIST": "node[1-3]"}
     with pytest.raises(Apart, match=r"2 of 3 ranks did \(node1, node3\)") as told:
         call_roll(first, 0.2, slurm)
@@ -395,6 +403,10 @@ def test_rank_that_falls_silent_is_told_with_what_it_did():
     (first, second) = _meetings(2)
     second.at("trying its links by gloo")
     assert first.gather("report", {}, 0.1) == [{}, None]
+    assert first.lost == {1}
+    started = time.monotonic()
+    assert first.gather("more", None, 60) == [None, None]  # nobody waits for it again
+    assert time.monotonic() - started < 30 and first.lost == {1}
     assert "since it began: trying its links by gloo" in comparing.silent(first.phase(1)).what
     assert first.phase(0) == "the roll-call"
 

@@ -115,7 +115,7 @@ def _alone(folder: Path, data: Path) -> dict:
 
 @pytest.fixture(scope="module")
 def alone(data, tmp_path_factory) -> dict:
-    return run_distributed_test(_alone, 1, args=(tmp_path_factory.mktemp("alone"), data))[0]
+    return run_distributed_test(_alone, 1, args=(tmp_path_factory.mktemp("alone"), data), timeout=500)[0]
 
 
 def test_run_that_is_stopped_says_what_it_saved_and_how_to_go_on(alone):
@@ -167,7 +167,7 @@ def _command(config: Path, ranks: int, **environment: str) -> tuple[list[int], l
         for rank in range(ranks)
     ]
     try:
-        errors = [process.communicate(timeout=200)[1] for process in processes]
+        errors = [process.communicate(timeout=400)[1] for process in processes]
     finally:
         for process in processes:
             process.kill()
@@ -197,7 +197,7 @@ def test_all_ranks_leave_at_the_step_of_one_that_was_asked(data, tmp_path):
     assert len(said[0]) == 1 and said[1] == [], errors
     assert said[0][0].startswith(f"SIGUSR1: saved step 4 in {run_dirs[1] / 'checkpoints' / 'step-000004'} ("), errors
 
-    run_distributed_test(_train_both, 2, args=(whole, stopped))
+    run_distributed_test(_train_both, 2, args=(whole, stopped), timeout=500)
     assert _exact(run_dirs[1]) == _exact(run_dirs[0])
     for rank in range(2):
         traces = [_samples(tmp_path / "trace" / f"{name}.rank{rank}.jsonl") for name in ("whole", "stopped")]

@@ -53,7 +53,7 @@ from mmd2v.train.parts import Parts, build_parts
 from mmd2v.train.replay import Source, choose_sources
 from mmd2v.train.run_dir import config_changes, describe_run
 from mmd2v.train.schedule import Schedule, build_schedule
-from mmd2v.train.skipping import LossWatch
+from mmd2v.train.skipping import LossWatch, RunningStatistics
 from mmd2v.train.stability import RollBacks, SkipTally, SpikeGuard
 from mmd2v.train.token_batches import prepare_token_order
 
@@ -265,6 +265,8 @@ class Run:
     def _train_step(self, batches: Iterator[Batch]) -> None:
         self.engine.set_learning_rate(self.schedule, self.step)
         found: list[dict[str, torch.Tensor]] = []
+        if self.watch is not None:
+            self.statistics.keep()
         for micro_step in range(self.plan.accumulation):
             asked = time.perf_counter()
             self.pulse.at(self.step, "waiting for data")
@@ -304,6 +306,7 @@ class Run:
             self.reporter.say(self.skipped.count(self.step + 1, faults))
         except UserError as error:
             raise shared_error(str(error)) from None
+        self.statistics.restore()
         return True
 
     def close(self) -> None:
@@ -439,6 +442,7 @@ class Run:
         """Make what answers a loss that is no number or jumps, from where an earlier part of the run has left it."""
         settings = self.config.stability
         self.watch = LossWatch() if settings.non_finite == "skip" else None
+        self.statistics = RunningStatistics(self.engine.module)
         self.skipped = SkipTally(settings, manifest.skipped_steps if manifest else 0)
         self.roll_backs = RollBacks(settings, manifest.roll_backs if manifest else ())
         known: list[tuple[int, float]] = from_main_rank(lambda: recorded_losses(self.run_dir / METRICS_FILE))

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from torch import nn
 
 from mmd2v.distributed.collectives import gather_objects
 from mmd2v.train.stability import Fault
@@ -61,3 +62,21 @@ class LossWatch:
         if self._bad is not None:
             own = [name for name, bad in zip(self._names, self._bad.tolist(), strict=True) if bad]
         return [Fault(rank, tuple(terms)) for rank, terms in enumerate(gather_objects(own)) if terms]
+
+
+class RunningStatistics:
+    """Buffers of batch norms, which a forward pass changes, whatever becomes of its step."""
+
+    def __init__(self, module: nn.Module) -> None:
+        norms = [one for one in module.modules() if isinstance(one, nn.modules.batchnorm._NormBase)]
+        self._buffers = [buffer for norm in norms for buffer in norm.buffers()]
+        self._kept: list[torch.Tensor] = []
+
+    def keep(self) -> None:
+        """Remember them, on the device."""
+        self._kept = [buffer.clone() for buffer in self._buffers]
+
+    def restore(self) -> None:
+        """Make them what they were."""
+        for buffer, kept in zip(self._buffers, self._kept, strict=True):
+            buffer.copy_(kept)

@@ -108,6 +108,12 @@ def _alone(folder: Path, data: Path) -> dict:
     train(stopped)
     train(stopped)  # finished already
     seen["exact"] = _exact(Path(whole.run_dir)), _exact(run_dir)
+    clocked = load_config(_write(folder / "clocked.yaml", data, checkpoint__minutes=1e-6, checkpoint__keep=50))
+    train(clocked)
+    seen["clocked"] = (
+        _exact(Path(clocked.run_dir)),
+        sorted(p.name for p in Path(clocked.run_dir, "checkpoints").iterdir()),
+    )
     seen["samples"] = [_samples(folder / "trace" / f"{name}.rank0.jsonl") for name in ("whole", "stopped")]
     seen["saves"] = [r["step"] for r in read_metrics(run_dir / "metrics.jsonl") if "time/save(s)" in r]
     return seen
@@ -115,12 +121,12 @@ def _alone(folder: Path, data: Path) -> dict:
 
 @pytest.fixture(scope="module")
 def alone(data, tmp_path_factory) -> dict:
-    return run_distributed_test(_alone, 1, args=(tmp_path_factory.mktemp("alone"), data))[0]
+    return run_distributed_test(_alone, 1, args=(tmp_path_factory.mktemp("alone"), data), timeout=500)[0]
 
 
 def test_run_that_is_stopped_says_what_it_saved_and_how_to_go_on(alone):
     whole, building, before, first, evaluating, at_the_end, *rest = alone["left"]
-    assert [whole, *rest] == ["finished"] * 3
+    assert [whole, *rest] == ["finished"] * 4
     assert building == f"SIGTERM: stopped after step 0, with nothing new to save; {ASKS}"
     assert before == f"SIGUSR1: stopped after step 0, with nothing new to save; {ASKS}"
     assert not alone["before a step"]
@@ -137,6 +143,13 @@ def test_run_that_was_stopped_has_every_record_and_sample_of_one_that_was_not(al
     assert {r["step"] for r in whole} == {0, 3, 5, 6, 8, 9, 10, 12}
     whole, stopped = alone["samples"]
     assert stopped == whole and len(whole) == 2 * STEPS
+
+
+def test_checkpoints_by_the_clock_cut_no_interval(alone):
+    records, names = alone["clocked"]
+    assert records == alone["exact"][0]
+    # Asked for after a step, and begun after the next.
+    assert names == [f"step-{step:06d}" for step in range(2, STEPS + 1, 2)]
 
 
 def test_time_of_a_save_is_told_with_the_next_interval(alone):
@@ -167,7 +180,7 @@ def _command(config: Path, ranks: int, **environment: str) -> tuple[list[int], l
         for rank in range(ranks)
     ]
     try:
-        errors = [process.communicate(timeout=200)[1] for process in processes]
+        errors = [process.communicate(timeout=400)[1] for process in processes]
     finally:
         for process in processes:
             process.kill()
@@ -197,7 +210,7 @@ def test_all_ranks_leave_at_the_step_of_one_that_was_asked(data, tmp_path):
     assert len(said[0]) == 1 and said[1] == [], errors
     assert said[0][0].startswith(f"SIGUSR1: saved step 4 in {run_dirs[1] / 'checkpoints' / 'step-000004'} ("), errors
 
-    run_distributed_test(_train_both, 2, args=(whole, stopped))
+    run_distributed_test(_train_both, 2, args=(whole, stopped), timeout=500)
     assert _exact(run_dirs[1]) == _exact(run_dirs[0])
     for rank in range(2):
         traces = [_samples(tmp_path / "trace" / f"{name}.rank{rank}.jsonl") for name in ("whole", "stopped")]

@@ -11,7 +11,16 @@ import torch
 
 from mmd2v.distributed.environment import World
 from mmd2v.errors import UserError
-from mmd2v.train.metrics import LossMeter, Reporter, Stopwatch, forget_after, is_evaluated, read_metrics, short_name
+from mmd2v.train.metrics import (
+    LossMeter,
+    Reporter,
+    Stopwatch,
+    forget_after,
+    is_evaluated,
+    read_metrics,
+    recorded_losses,
+    short_name,
+)
 
 ALONE = World(0, 1, 0, torch.device("cpu"), "gloo")
 VALUES = {
@@ -42,6 +51,42 @@ def test_meter_refuses_what_is_not_finite():
     meter.add({"loss": torch.tensor(float("nan")), "a": torch.tensor(1.0)})
     with pytest.raises(UserError, match=r"step 7: loss became nan on rank\(s\) 0; try a lower optimizer.lr"):
         meter.read(7)
+
+
+def test_meter_goes_on_with_an_interval_that_was_cut():
+    meter = LossMeter()
+    assert meter.state() is None
+    for value in (0.1, 0.2):
+        meter.add({"loss": torch.tensor(value), "a": torch.tensor(1 / 3)})
+    state = json.loads(json.dumps(meter.state()))  # through a manifest
+    again = LossMeter()
+    again.load_state(state, 0, 1, torch.device("cpu"))
+    for one in (meter, again):
+        one.add({"loss": torch.tensor(0.7), "a": torch.tensor(0.3)})
+    assert again.read(3) == meter.read(3)  # to the last bit
+
+    of_two = {"terms": ["loss"], "micro_batches": 2, "sums": [[2.0], [4.0]]}
+    for rank, ranks, mean in ((0, 2, 1.0), (1, 2, 2.0), (0, 1, 1.5), (2, 3, 1.5)):
+        again.load_state(of_two, rank, ranks, torch.device("cpu"))
+        assert again.read(1) == {"loss": mean}
+    again.load_state(None, 0, 1, torch.device("cpu"))
+    assert again.read(1) == {}
+
+
+def test_reporter_goes_back(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    reporter = Reporter(tmp_path, ALONE, 10, 0, tensorboard=True)
+    for step in (1, 2, 3):
+        reporter.record(step, {"loss": float(step)})
+    reporter.go_back(1)
+    reporter.record(2, {"loss": 7.0})
+    reporter.close()
+    assert recorded_losses(tmp_path / "metrics.jsonl") == [(1, 1.0), (2, 7.0)]
+    assert recorded_losses(tmp_path / "absent.jsonl") == []
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert [(event.step, event.value) for event in events.Scalars("loss")] == [(1, 1.0), (2, 7.0)]
 
 
 def test_stopwatch_leaves_pauses_out():

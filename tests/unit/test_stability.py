@@ -7,7 +7,7 @@ import torch
 
 from mmd2v.config.training import StabilityConfig
 from mmd2v.errors import UserError
-from mmd2v.train.skipping import GradientGate, LossWatch
+from mmd2v.train.skipping import GradientGate, LossWatch, RunningStatistics
 from mmd2v.train.stability import Fault, RollBacks, SkipTally, SpikeGuard
 
 
@@ -104,3 +104,15 @@ def test_gate_holds_back_a_step_whose_gradient_is_not_finite():
     weight.grad = torch.ones(2)
     optimizer.step()
     assert not gate.closed and (weight < 1).all()
+
+
+def test_running_statistics_of_a_step_that_was_left_out_are_those_of_before():
+    module = torch.nn.Sequential(torch.nn.Conv2d(1, 2, 1), torch.nn.BatchNorm2d(2))
+    module(torch.randn(2, 1, 3, 3))
+    before = {name: buffer.clone() for name, buffer in module.named_buffers()}
+    statistics = RunningStatistics(module)
+    statistics.keep()
+    module(torch.full((2, 1, 3, 3), torch.nan))
+    assert any(buffer.isnan().any() for buffer in module.buffers())
+    statistics.restore()
+    assert all(torch.equal(buffer, before[name]) for name, buffer in module.named_buffers())

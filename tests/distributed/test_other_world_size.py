@@ -25,6 +25,8 @@ from mmd2v.train.checkpoints.saving import Checkpointer
 from mmd2v.train.loop import train
 from mmd2v.train.metrics import read_metrics
 
+pytestmark = pytest.mark.timeout(1500)  # three starts of processes; a minute where nothing else runs
+
 STEPS, FIRST, SECOND = 6, 2, 4
 """Two ranks write the first checkpoint, one rank goes on from it and writes the second, two go on from that."""
 
@@ -62,7 +64,7 @@ AVERAGE: dict[str, Any] = {
 }
 CASES: dict[str, dict[str, Any]] = {
     **{f"stage{stage}": {**CONTRASTIVE, "engine__zero_stage": stage} for stage in (0, 1, 2, 3)},
-    "stage3-bf16-batch-norm": {**TRAINED_CNN, "engine__zero_stage": 3, "engine__precision": "bf16"},
+    "stage3-batch-norm": {**TRAINED_CNN, "engine__zero_stage": 3},
     "stage1-bf16-average": {**AVERAGE, "engine__zero_stage": 1, "engine__precision": "bf16"},
 }
 SAME_LOSSES = [name for name in CASES if "batch-norm" not in name]
@@ -113,6 +115,10 @@ def _state(engine: Any) -> dict[str, Any]:
             assert any(part.any() for part in parts.values())
             found |= {f"{name} {key}": _digest(part) for key, part in parts.items()}
     found |= {name: _digest(buffer) for name, buffer in engine.module.named_buffers()}
+    if engine.config.engine.zero_stage in (1, 2):
+        found["groups without a piece"] = sum(
+            all(one._hp_mapping is None for one in group) for group in optimizer.bit16_groups
+        )
     counters = [float(state["step"]) for state in inner.state.values()]
     # Which groups a rank has depends on their number; all have counted the same steps, each for itself.
     assert len({id(state["step"]) for state in inner.state.values()}) == len(counters)
@@ -205,13 +211,13 @@ def _train(
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory) -> list[dict[str, dict]]:
-    """Results by case of: two ranks uninterrupted, one rank from step 2, two ranks from step 4."""
+    """Results by case of: two ranks uninterrupted, one rank from step 2, (the second of) two ranks from step 4."""
     data = make_data(tmp_path_factory.mktemp("data"))
     folder = tmp_path_factory.mktemp("runs")
     runner: Callable[..., list] = run_distributed_test
-    whole = runner(_train, 2, args=(folder, data, None, FIRST, {}), timeout=400)[0]
-    alone = runner(_train, 1, args=(folder, data, "auto", SECOND, {}), timeout=400)[0]
-    pair = runner(_train, 2, args=(folder, data, "auto", None, LAST_STAGE), timeout=400)[0]
+    whole = runner(_train, 2, args=(folder, data, None, FIRST, {}), timeout=600)[0]
+    alone = runner(_train, 1, args=(folder, data, "auto", SECOND, {}), timeout=600)[0]
+    pair = runner(_train, 2, args=(folder, data, "auto", None, LAST_STAGE), timeout=600)[1]
     return [whole, alone, pair]
 
 
@@ -221,8 +227,12 @@ def test_what_is_loaded_is_what_was_saved_to_the_bit(runs, name):
     for saved, loaded, step in ((whole, alone, FIRST), (alone, pair, SECOND)):
         assert list(loaded["loaded"]) == [step]
         assert len(loaded["loaded"][step]) > 20
-        assert loaded["loaded"][step] == saved["saved"][step]
-        assert loaded["loaded"][step]["steps"] == {step}
+        states = [dict(run) for run in (loaded["loaded"][step], saved["saved"][step])]
+        assert states[0]["steps"] == {step}
+        empty = [state.pop("groups without a piece", 0) for state in states]
+        # The second of two ranks has nothing of the temperatures.
+        assert empty == [1 if run is pair and name in ("stage1", "stage2") else 0 for run in (loaded, saved)]
+        assert states[0] == states[1]
 
 
 @pytest.mark.parametrize("name", SAME_LOSSES)

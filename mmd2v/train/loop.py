@@ -29,6 +29,7 @@ from mmd2v.distributed.heartbeat import Pulse
 from mmd2v.distributed.preemption import REQUEUE_STATUS, Preempted, StopSignals, signal_name
 from mmd2v.distributed.vote import Ballot, StepVote
 from mmd2v.errors import UserError
+from mmd2v.files import check_output
 from mmd2v.train.averages import averages, load_averages, save_averages, update_averages
 from mmd2v.train.checkpoints.choosing import Choice, choose_checkpoint
 from mmd2v.train.checkpoints.folders import restore_replaced, set_aside_after
@@ -51,7 +52,7 @@ from mmd2v.train.metrics import (
 )
 from mmd2v.train.parts import Parts, build_parts
 from mmd2v.train.replay import Source, choose_sources
-from mmd2v.train.run_dir import config_changes, describe_run
+from mmd2v.train.run_dir import CONFIG_FILE, config_changes, describe_run
 from mmd2v.train.schedule import Schedule, build_schedule
 from mmd2v.train.skipping import LossWatch, RunningStatistics
 from mmd2v.train.stability import RollBacks, SkipTally, SpikeGuard
@@ -102,6 +103,7 @@ class Run:
             config, self.plan, self.facts.samples, None if self.tokens is None else self.tokens.epoch_steps
         )
         self.schedule: Schedule = from_main_rank(lambda: build_schedule(config.optimizer, self.steps))
+        from_main_rank(lambda: check_output("run_dir", self.run_dir / CONFIG_FILE))
         from_main_rank(lambda: restore_replaced(self.run_dir))
         choice: Choice = from_main_rank(lambda: choose_checkpoint(self.run_dir, resume, config.checkpoint.verify))
         start = choice.path

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import tempfile
@@ -133,6 +135,7 @@ def two_nodes() -> Iterator[Cluster]:
         (folder / "cgroup.conf").write_text(f"CgroupPlugin={_cgroup_plugin()}\n")
         (folder / "state").mkdir()
         environment = _environment(folder)
+        stack.callback(_end_rest, folder)
         _start_munge(stack, folder)
         cluster = Cluster(folder, environment)
         _start(stack, [_program("slurmctld"), "-D", "-i"], environment, folder / "slurmctld.out")
@@ -190,11 +193,27 @@ def _end(process: subprocess.Popen[bytes]) -> None:
 
 
 def _end_jobs(cluster: Cluster) -> None:
-    """Cancel what still runs or waits, and give it time to end."""
+    """Cancel what still runs or waits, and give it a little time."""
     cluster.run("scancel", "--user=root", check=False)
-    deadline = time.monotonic() + 10
-    while cluster.run("squeue", "--noheader", check=False).strip() and time.monotonic() < deadline:
+    deadline = time.monotonic() + 3
+    while cluster.run("squeue", "--noheader", check=False).strip():
+        if time.monotonic() > deadline:  # a failed test's, which ignores the signal or still saves
+            _end_rest(cluster.folder)
+            return
         time.sleep(0.2)
+
+
+def _end_rest(folder: Path) -> None:
+    """Kill every process of the cluster in ``folder``: SLURM's step daemons and their tasks are no children of ours."""
+    configured = f"SLURM_CONF={folder / 'slurm.conf'}".encode()
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):  # it has ended
+            # A step daemon hides its environment, but writes to the log of its node.
+            of_cluster = configured in (process / "environ").read_bytes().split(b"\0") or any(
+                os.readlink(handle).startswith(f"{folder}/slurmd-") for handle in (process / "fd").iterdir()
+            )
+            if of_cluster and int(process.name) != os.getpid():
+                os.kill(int(process.name), signal.SIGKILL)
 
 
 def _wait_for_nodes(cluster: Cluster) -> None:

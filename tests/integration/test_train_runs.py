@@ -14,6 +14,7 @@ import pytest
 import yaml
 from training_runs import make_data, write_config
 
+from mmd2v.train.checkpoints.folders import complete_checkpoints
 from mmd2v.train.metrics import read_metrics
 
 STEPS = 40
@@ -115,13 +116,19 @@ def test_records_have_units_and_every_term(whole):
 
 
 def _start_and_end(command: list[object], run_dir: Path, after: int, sign: signal.Signals) -> subprocess.Popen[str]:
-    """Start a run and send ``sign`` to its process group, as a terminal does, once it has done step ``after``."""
+    """Start a run and send ``sign`` to its process group, as a terminal does, once it has done step ``after`` and has a
+    checkpoint.
+    """
     pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
     process = subprocess.Popen([*MMD2V, *map(str, command)], env=ENVIRONMENT, start_new_session=True, **pipes)
     metrics = run_dir / "metrics.jsonl"
     deadline = time.monotonic() + 200
     try:
-        while not (metrics.exists() and max(_losses(run_dir), default=0) >= after):
+        while not (
+            metrics.exists()
+            and max(_losses(run_dir), default=0) >= after
+            and complete_checkpoints(run_dir / "checkpoints")  # it comes into place a few steps after it was begun
+        ):
             assert process.poll() is None and time.monotonic() < deadline
             time.sleep(0.005)
     finally:
@@ -274,8 +281,6 @@ def test_run_that_cannot_start_leaves_nothing(said, config):
 
 def test_loss_that_is_not_finite_ends_the_run_before_it_is_saved(said, config):
     assert "became" in said["diverged"] and "on rank(s) 0" in said["diverged"]
-    from mmd2v.train.checkpoints.folders import complete_checkpoints
-
     assert complete_checkpoints(config.parent / "runs" / "nan" / "checkpoints") == []
 
 

@@ -39,12 +39,12 @@ class Engine:
     optimizer_name: str
     description: str
     """One line: which optimiser was chosen, and why."""
-    learning_rate: float = 0.0
-    """Of the present step, without a group's multiplier."""
     converted: str = ""
     """Of a run continued from a checkpoint that had to be cut anew: what was done, to be told after its step."""
     gate: GradientGate | None = None
     """Where DeepSpeed itself would step over gradients that are not finite, and the config says to leave them out."""
+    learning_rate: float = 0.0
+    """Of the present step, without a group's multiplier."""
 
     @property
     def module(self) -> TrainModule:

@@ -27,16 +27,16 @@ def save_rank_state(objectives: Objectives, writer: CheckpointWriter) -> None:
         writer.add_tensors(rank_file(writer.folder).name, state, {_RANKS: str(world_size())})
 
 
-def load_rank_state(objectives: Objectives, folder: Path, ranks: int) -> None:
-    """Read this rank's file of a checkpoint of ``ranks`` ranks, where the objectives keep anything.
+def load_rank_state(objectives: Objectives, folder: Path, ranks: int | None = None) -> None:
+    """Read this rank's file of a checkpoint of ``ranks`` ranks (none: as many as now), where objectives keep anything.
 
     With another number of ranks now, read the files of all of them: the objectives deal it anew. Raises UserError when
     a file is missing or does not fit. Does not communicate.
     """
     if not objectives.rank_state():
         return
-    if ranks == world_size():
-        state = _read(rank_file(folder), rank(), ranks)
+    if ranks is None or ranks == world_size():
+        state = _read(rank_file(folder), rank(), world_size())
     else:
         state = objectives.dealt_state([_read(rank_file(folder, number), number, ranks) for number in range(ranks)])
     objectives.load_rank_state(state)

@@ -1,7 +1,6 @@
 """Which checkpoint a run starts from, and whether it is of that run. No engine is needed for either."""
 
 import copy
-import glob
 import json
 import os
 import re
@@ -18,8 +17,6 @@ from mmd2v.train.checkpoints.choosing import choose_checkpoint
 from mmd2v.train.checkpoints.folders import complete_checkpoints, find_checkpoint, restore_replaced, set_aside_after
 from mmd2v.train.checkpoints.loading import check_same_run
 from mmd2v.train.checkpoints.manifest import MANIFEST, read_manifest
-from mmd2v.train.checkpoints.plain_paths import plain_path
-from mmd2v.train.checkpoints.resharding import needs_conversion
 
 
 def _checkpoint(run: Path, step: int) -> Path:
@@ -94,43 +91,6 @@ def test_every_difference_is_listed():
     ):
         assert line in str(error.value)
     assert "ranks" not in str(error.value)
-
-
-def test_another_number_of_ranks_and_the_other_of_two_stages_are_no_other_run():
-    for change in ({"world_size": 1}, {"world_size": 8, "zero_stage": 2}):
-        check_same_run(Path("step"), FOUND, replace(FOUND, **change))
-    for stage in (0, 3):
-        with pytest.raises(UserError, match=f"engine.zero_stage: checkpoint 1, this run {stage}"):
-            check_same_run(Path("step"), FOUND, replace(FOUND, zero_stage=stage))
-    with pytest.raises(UserError, match=r"engine.batch_size: checkpoint 16, this run 32"):
-        check_same_run(Path("step"), FOUND, replace(FOUND, world_size=4, batch_size=32))
-
-
-@pytest.mark.parametrize(
-    ("ranks", "stages", "expected"),
-    [((2, 2), (1, 1), False), ((2, 1), (0, 0), False), ((2, 1), (1, 1), True), ((1, 2), (3, 3), True)],
-)
-def test_only_files_that_are_cut_into_pieces_are_converted(ranks, stages, expected):
-    found, present = (replace(FOUND, world_size=ranks[i], zero_stage=stages[i]) for i in (0, 1))
-    assert needs_conversion(found, present) == expected
-
-
-def test_what_a_killed_conversion_left_goes_with_the_next_checkpoint(tmp_path):
-    left = tmp_path / "checkpoints" / ".step-000020.universal.tmp"
-    (left / "step-000020").mkdir(parents=True)
-    write_checkpoint(tmp_path, 40)
-    assert not left.exists()
-
-
-def test_a_path_without_characters_of_patterns(tmp_path):
-    for name, kept in (("lr-0.1_a", True), ("lr[1]", False), ("a+b (c)", False)):
-        folder = tmp_path / name / "step-000020"
-        folder.mkdir(parents=True)
-        (folder / "file").touch()
-        with plain_path(folder) as plain:
-            assert (plain == folder) == kept
-            assert glob.glob(str(plain / "f*")) and re.match(f"{plain}/file", str(plain / "file"))
-        assert (folder / "file").exists() and plain.exists() == kept
 
 
 MODEL = small_config(

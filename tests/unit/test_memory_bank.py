@@ -254,7 +254,7 @@ def test_state_goes_through_a_file(tmp_path):
     for batch, cls in batches[:2]:
         objectives(student(batch), {"t": Targets(cls)}, batch)
     save_rank_state(objectives, CheckpointWriter(tmp_path, None))
-    load_rank_state(twin, tmp_path, 1)
+    load_rank_state(twin, tmp_path)
     for batch, cls in batches[2:]:
         pair = [terms(student(batch), {"t": Targets(cls)}, batch)["loss"].item() for terms in (objectives, twin)]
         assert pair[0] == pair[1]
@@ -263,17 +263,17 @@ def test_state_goes_through_a_file(tmp_path):
 def test_state_that_does_not_fit(tmp_path):
     _, objectives = build()
     with pytest.raises(UserError, match=r"objectives_rank_00000.safetensors: missing; the checkpoint lacks"):
-        load_rank_state(objectives, tmp_path, 1)
+        load_rank_state(objectives, tmp_path)
     save_rank_state(objectives, CheckpointWriter(tmp_path, None))
     with pytest.raises(
         UserError, match=r"bank_size: checkpoint \[10, 7\] float16 .rows of a rank., this run \[12, 7\]"
     ):
-        load_rank_state(build(bank_size=12)[1], tmp_path, 1)
+        load_rank_state(build(bank_size=12)[1], tmp_path)
     with pytest.raises(UserError, match=r"this run .* bfloat16"):
-        load_rank_state(build(bank_precision="bf16")[1], tmp_path, 1)
+        load_rank_state(build(bank_precision="bf16")[1], tmp_path)
     rank_file(tmp_path).write_bytes(b"broken")
     with pytest.raises(UserError, match="the checkpoint is damaged"):
-        load_rank_state(objectives, tmp_path, 1)
+        load_rank_state(objectives, tmp_path)
 
 
 def test_a_state_that_cannot_be_written_leaves_no_checkpoint(tmp_path, monkeypatch):
@@ -295,4 +295,4 @@ def test_objectives_that_keep_nothing_write_nothing(tmp_path):
     objectives = build_objectives(config, build_student(config, StubTokenizer()), {})
     save_rank_state(objectives, CheckpointWriter(tmp_path, None))
     assert not list(tmp_path.iterdir())
-    load_rank_state(objectives, tmp_path, 1)
+    load_rank_state(objectives, tmp_path)

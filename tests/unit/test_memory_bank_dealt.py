@@ -14,8 +14,7 @@ from mmd2v.objectives import build_objectives, memory_bank
 from mmd2v.objectives.base import Objective
 from mmd2v.objectives.memory_bank import MemoryBank
 from mmd2v.train import rank_state
-from mmd2v.train.checkpoints.writer import CheckpointWriter
-from mmd2v.train.rank_state import load_rank_state, rank_file, save_rank_state
+from mmd2v.train.rank_state import load_rank_state, rank_file
 
 SIZE, WIDTH = 12, 3
 
@@ -96,7 +95,8 @@ def _written(patch: pytest.MonkeyPatch, folder, number: int, steps: list[int]) -
     written = [_objectives() for _ in ranks]
     _push(ranks, [_bank(one) for one in written], steps)
     for one in ranks:
-        save_rank_state(written[one], CheckpointWriter(folder, None))
+        state = {name: value.clone() for name, value in written[one].rank_state().items()}
+        save_file(state, rank_file(folder), {"ranks": str(number)})
 
 
 @pytest.mark.parametrize("number", [1, 2, 4])

@@ -1,6 +1,12 @@
-"""Conversion to a universal checkpoint: no code in a file runs, what goes wrong is named, nothing is left behind."""
+"""Which checkpoints another number of ranks may continue, and how they are converted for it.
+
+No code in a file runs, what goes wrong is named, nothing is left behind.
+"""
 
 import errno
+import glob
+import re
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -10,11 +16,68 @@ from torch import nn
 
 from mmd2v.errors import UserError
 from mmd2v.train.checkpoints import resharding, universal
-from mmd2v.train.checkpoints.loading import _DAMAGE
+from mmd2v.train.checkpoints.folders import TEMPORARY
+from mmd2v.train.checkpoints.loading import _DAMAGE, check_same_run
+from mmd2v.train.checkpoints.manifest import Manifest
+from mmd2v.train.checkpoints.plain_paths import plain_path
 from mmd2v.train.checkpoints.reading import plain_values_only
+from mmd2v.train.checkpoints.resharding import needs_conversion
 from mmd2v.train.checkpoints.storage import storage
 
 NAME = "step-000020"
+FOUND = Manifest(
+    format=1,
+    step=20,
+    sample_index=320,
+    batch_size=16,
+    world_size=2,
+    zero_stage=1,
+    precision="fp32",
+    optimizer="AdamW",
+    model={"width": 32},
+    objectives=[{"kind": "contrastive"}],
+    parameters={"norm.weight": [[32], 0]},
+)
+
+
+def test_another_number_of_ranks_and_the_other_of_two_stages_are_no_other_run():
+    for change in ({"world_size": 1}, {"world_size": 8, "zero_stage": 2}):
+        check_same_run(Path("step"), FOUND, replace(FOUND, **change))
+    for stage in (0, 3):
+        with pytest.raises(UserError, match=f"engine.zero_stage: checkpoint 1, this run {stage}"):
+            check_same_run(Path("step"), FOUND, replace(FOUND, zero_stage=stage))
+    with pytest.raises(UserError, match=r"engine.batch_size: checkpoint 16, this run 32"):
+        check_same_run(Path("step"), FOUND, replace(FOUND, world_size=4, batch_size=32))
+
+
+@pytest.mark.parametrize(
+    ("ranks", "stages", "expected"),
+    [
+        ((2, 2), (1, 1), False),
+        ((2, 1), (0, 0), False),
+        ((2, 1), (1, 1), True),
+        ((1, 2), (3, 3), True),
+        ((2, 2), (1, 2), True),
+    ],
+)
+def test_only_files_that_are_cut_into_other_pieces_are_converted(ranks, stages, expected):
+    found, present = (replace(FOUND, world_size=ranks[i], zero_stage=stages[i]) for i in (0, 1))
+    assert needs_conversion(found, present) == expected
+
+
+def test_what_a_killed_conversion_left_is_nothing_that_counts():
+    assert TEMPORARY.fullmatch(f".{NAME}.universal.tmp")  # the next checkpoint removes what has such a name
+
+
+def test_a_path_without_characters_of_patterns(tmp_path):
+    for name, kept in (("lr-0.1_a", True), ("lr[1]", False), ("a+b (c)", False)):
+        folder = tmp_path / name / NAME
+        folder.mkdir(parents=True)
+        (folder / "file").touch()
+        with plain_path(folder) as plain:
+            assert (plain == folder) == kept
+            assert glob.glob(str(plain / "f*")) and re.match(f"{plain}/file", str(plain / "file"))
+        assert (folder / "file").exists() and plain.exists() == kept
 
 
 @pytest.fixture

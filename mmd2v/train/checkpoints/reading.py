@@ -6,9 +6,20 @@ import contextlib
 import os
 from collections.abc import Iterator
 
-from mmd2v.train.checkpoints.storage import allowed_classes
+import torch
+
+from mmd2v.train.checkpoints.storage import deepspeed_classes
 
 _WEIGHTS_ONLY = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
+
+
+@contextlib.contextmanager
+def allowed_classes() -> Iterator[None]:
+    """Let torch.load with ``weights_only`` read the classes of DeepSpeed's checkpoints; may be nested."""
+    # torch's own context manager would take away, on leaving, what an outer one has allowed.
+    already = torch.serialization.get_safe_globals()
+    with torch.serialization.safe_globals([one for one in deepspeed_classes() if one not in already]):
+        yield
 
 
 @contextlib.contextmanager

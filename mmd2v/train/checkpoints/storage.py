@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +33,8 @@ def storage(writer: CheckpointWriter | None = None) -> Any:
                 os.makedirs(path, exist_ok=exist_ok)
 
         def load(self, path: str, map_location: Any = None) -> Any:
+            from mmd2v.train.checkpoints.reading import allowed_classes  # here: it names the classes below
+
             with allowed_classes():
                 return torch.load(path, map_location=map_location, weights_only=True)
 
@@ -42,15 +42,6 @@ def storage(writer: CheckpointWriter | None = None) -> Any:
             return True
 
     return Storage()
-
-
-@contextlib.contextmanager
-def allowed_classes() -> Iterator[None]:
-    """Let torch.load with ``weights_only`` read the classes of DeepSpeed's checkpoints; may be nested."""
-    # torch's own context manager would take away, on leaving, what an outer one has allowed.
-    already = torch.serialization.get_safe_globals()
-    with torch.serialization.safe_globals([one for one in deepspeed_classes() if one not in already]):
-        yield
 
 
 def deepspeed_classes() -> list[Any]:

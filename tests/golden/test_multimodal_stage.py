@@ -169,7 +169,8 @@ def compare_gradients(setup) -> None:
     about = setup.golden.about
     for name, norm in about["grad_norms"].items():
         gradient = parameters[ours_of(name, setup.separate)].grad
-        assert float(gradient.norm()) == pytest.approx(norm, rel=1e-6), name
+        # Sums of fp32 in another order, which a processor without AVX-512 takes, are 1.2e-6 apart.
+        assert float(gradient.norm()) == pytest.approx(norm, rel=3e-6), name
         if f"grad/{name}" in setup.golden.tensors:
             torch.testing.assert_close(gradient, setup.golden[f"grad/{name}"], rtol=1e-4, atol=1e-6)
     trained = [p.grad for p in parameters.values() if p.grad is not None]

@@ -174,7 +174,7 @@ def test_two_ranks_have_the_losses_of_one(alone, pair, name, stage):
     one, two = alone[f"{name}-{stage}"], pair[0][0][f"{name}-{stage}"]
     assert len(one) == len(two) == STEPS
     for expected, found in zip(one, two, strict=True):
-        assert found == pytest.approx(expected, abs=1e-6, rel=1e-6)
+        assert found == pytest.approx(expected, abs=1e-6, rel=5e-6)  # 2.5e-6 apart without AVX-512
 
 
 @pytest.mark.parametrize("case", range(len(RESUMED)), ids=[f"stage{s}-{p}" for s, p in RESUMED])

@@ -81,7 +81,7 @@ class Slurm:
     time: str | None = None
     """Time limit, minutes or [days-]hours:minutes:seconds; the run goes on in a new start when it has passed."""
     signal_seconds: int = 120
-    """Notice before the time limit, at which the run saves; longer than a step and a save take."""
+    """Notice before the time limit, at which the run saves; longer than two steps and two saves take."""
     container: Annotated[str | None, arg(metavar="IMAGE")] = None
     """Apptainer (Singularity) image with mmd2v in it, a file or docker://NAME:TAG."""
     setup: Annotated[Path | None, arg(metavar="FILE")] = None

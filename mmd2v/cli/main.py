@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import importlib
 import io
-import multiprocessing
 import os
 import sys
 import time
@@ -142,8 +141,9 @@ def _leave_at_once(status: int) -> None:
     distributed = sys.modules.get("torch.distributed")
     if distributed is None or not distributed.is_initialized():
         return
-    for child in multiprocessing.active_children():
-        child.kill()
+    from mmd2v.distributed.processes import kill_loader_processes
+
+    kill_loader_processes()
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError):  # a closed pipe has no reader to care
             stream.flush()

@@ -72,6 +72,12 @@ class Job:
         """Where the script is written."""
         return self.run_dir / "job.sbatch"
 
+    @property
+    def folders(self) -> list[Path]:
+        """What the run reads and writes beside its data; a container has to see it."""
+        start = [] if self.start_from is None else [Path(self.start_from)]
+        return list(dict.fromkeys([self.folder, self.run_dir, self.config.parent, *start]))
+
     def log(self, number: str = "%j") -> Path:
         """The file the job writes to; ``%j`` stands for its number."""
         return self.run_dir / f"slurm-{number}.log"
@@ -114,7 +120,7 @@ def _check_texts(job: Job) -> None:
     for what, text in [*texts.items(), *(("the overrides", argument) for argument in job.arguments)]:
         if any(ord(character) < 32 or ord(character) == 127 for character in text):
             raise UserError(f"{what}: found a line break or another control character in {text!r}; expected none")
-    for folder in (job.run_dir, job.folder, job.config.parent) if job.container is not None else ():
+    for folder in job.folders if job.container is not None else ():
         if any(character in str(folder) for character in ",:"):
             raise UserError(f"--container: {folder} has a comma or a colon, which a container's --bind cannot name")
     if "\\" in str(job.run_dir):

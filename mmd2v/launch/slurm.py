@@ -92,7 +92,7 @@ container=$(command -v apptainer || command -v singularity) || {{
 _START_FROM = """\
 # Until the run has a checkpoint of its own, it starts from another one.
 resume=auto
-compgen -G {own}'/step-*' >/dev/null || resume={path}
+[ -n "$(find {own} -maxdepth 1 -name 'step-*' -print -quit 2>/dev/null)" ] || resume={path}
 """
 
 _CHECK = """
@@ -192,8 +192,7 @@ def _mmd2v(job: Job) -> str:
     words = [job.python, "-m", "mmd2v"]
     if job.container is None:
         return shlex.join(words)
-    folders = dict.fromkeys([job.folder, job.run_dir, job.config.parent])
-    binds = [f"--bind={folder}" for folder in folders]
+    binds = [f"--bind={folder}" for folder in job.folders]
     gpus = ["--nv"] if job.resources.gpus_per_node else []
     rest = ["exec", *gpus, *binds, f"--pwd={job.folder}", job.container, *words]
     return f'"$container" {shlex.join(rest)}'

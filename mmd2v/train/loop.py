@@ -129,7 +129,7 @@ class Run:
         self.reporter = Reporter(self.run_dir, world, self.steps, self.step, config.logging.tensorboard)
         self.meter, self.stopwatch = LossMeter(), Stopwatch()
         if manifest is not None:
-            self.meter.load_state(manifest.interval, world.rank, world.size, world.device)
+            self.meter.load_state(manifest.interval, world, self.plan.accumulation)
         self._prepare_for_trouble(manifest)
         samples = self.facts.samples if self.tokens is None else self.tokens.texts
         self.damage = DamageWatch(self.run_dir, world, config.data.damage, samples, self.step)
@@ -161,6 +161,11 @@ class Run:
             self._evaluate()
             self._leave_if_asked()
 
+        # One that a signal left out.
+        if self._evaluates() and 0 < self.step < self.steps and not self._is_evaluated():
+            self._evaluate()
+            self._leave_if_asked()
+
         self._batches = iter(self.loader)
         self.stopwatch.reset()
         while self.step < self.steps:
@@ -179,12 +184,20 @@ class Run:
         self._finish_save()
 
         # A finished run that is started again has its last recall already.
-        if not from_main_rank(lambda: is_evaluated(self.run_dir / METRICS_FILE, self.step)):
+        if not self._is_evaluated():
             if self.config.data.eval is not None:
                 self._leave_if_asked()
             self._evaluate()
         self.vote.close()
         self.reporter.say(f"finished: step {self.step} of {self.steps}, run in {self.run_dir}")
+
+    def _evaluates(self) -> bool:
+        """Whether the config asks for an evaluation at the present step."""
+        every = self.config.evaluation.every
+        return every is not None and self.step % every == 0
+
+    def _is_evaluated(self) -> bool:
+        return from_main_rank(lambda: is_evaluated(self.run_dir / METRICS_FILE, self.step))
 
     def _between_steps(self) -> None:
         """What is done once in a while, after a step."""
@@ -202,7 +215,8 @@ class Run:
             self._report_damage()
 
         # Once in a while: recall on the held-out set. The last one comes after the last checkpoint.
-        if config.evaluation.every and self.step % config.evaluation.every == 0 and not last:
+        # A signal does not wait for it: the run that goes on makes up for it.
+        if self._evaluates() and not last and not ballot.stop:
             self._evaluate()
 
         # Once in a while and at the end: a checkpoint; also when the clock or a signal asks for one. Those come at no
@@ -251,8 +265,10 @@ class Run:
         newest = self.checkpointer.newest if built else None
         if self._save_took is not None:
             did = f"saved step {self.step} in {newest} ({self._save_took:.1f} s)"
-        else:
+        elif built:
             did = f"stopped after step {self.step}, with nothing new to save"
+        else:
+            did = "stopped before it began, with nothing to save"
         raise Preempted(
             f"{signal_name(stop)}: {did}; exit status {REQUEUE_STATUS} asks the scheduler to queue the run again; "
             "continue with --resume auto"
@@ -307,6 +323,7 @@ class Run:
         try:
             self.reporter.say(self.skipped.count(self.step + 1, faults))
         except UserError as error:
+            self._finish_save()
             raise shared_error(str(error)) from None
         self.statistics.restore()
         return True
@@ -415,7 +432,7 @@ class Run:
             average_buffers(self.engine.module)
             manifest = replace(
                 self._describe(),
-                interval=self.meter.state(),
+                interval=self.meter.state(self.plan.accumulation),
                 skipped_steps=self.skipped.total,
                 roll_backs=self.roll_backs.told,
                 steps_ahead=self.steps_ahead,
@@ -465,9 +482,9 @@ class Run:
         Weights, optimiser, step and learning rate are those of the checkpoint. Raises the error where the config says
         so, and UserError when there is no checkpoint or the run has gone back often enough.
         """
+        self._finish_save()  # what was saved before is well, whatever follows
         if not error.spike and self.config.stability.non_finite != "roll_back":
             raise error
-        self._finish_save()
         newest: Path | None = from_main_rank(lambda: self.checkpointer.newest)
         try:
             self.roll_backs.allow(str(error), newest)
@@ -478,7 +495,7 @@ class Run:
         with self._pause("rolling back"):
             self._batches.close()
             manifest = self._load(newest)
-            self.meter.load_state(manifest.interval, self.world.rank, self.world.size, self.world.device)
+            self.meter.load_state(manifest.interval, self.world, self.plan.accumulation)
             self.steps_ahead += diverged_at - self.step
             self._overflows = self.engine.overflows
             self.spikes.go_back(self.step)

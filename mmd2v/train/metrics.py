@@ -41,7 +41,9 @@ class LossMeter:
 
     def add(self, losses: Mapping[str, torch.Tensor]) -> None:
         """Add the terms of one micro-batch."""
-        self._names = tuple(losses)
+        if tuple(losses) != self._names:  # a checkpoint of other objectives has cut the interval
+            self.reset()
+            self._names = tuple(losses)
         values = torch.stack([term.detach().float() for term in losses.values()])
         self._sum = values if self._sum is None else self._sum + values
         self._count += 1
@@ -68,24 +70,29 @@ class LossMeter:
         """Start a new interval."""
         self._sum, self._count = None, 0
 
-    def state(self) -> dict[str, Any] | None:
+    def state(self, accumulation: int) -> dict[str, Any] | None:
         """Return what every rank has summed since the last reset, as plain values; None when that is nothing.
 
-        Waits for the device; every rank must call it.
+        ``accumulation`` is the number of micro-batches of a step. Waits for the device; every rank must call it.
         """
         if self._sum is None:
             return None
         sums = gather_objects(self._sum.tolist())
-        return {"terms": list(self._names), "micro_batches": self._count, "sums": sums}
+        about = {"terms": list(self._names), "micro_batches": self._count, "accumulation": accumulation}
+        return {**about, "sums": sums}
 
-    def load_state(self, state: Mapping[str, Any] | None, rank: int, ranks: int, device: torch.device) -> None:
-        """Go on with an interval that a checkpoint has cut, to the last bit if there are as many ranks as then."""
+    def load_state(self, state: Mapping[str, Any] | None, world: World, accumulation: int) -> None:
+        """Go on with an interval that a checkpoint has cut, to the last bit if there are as many ranks as then.
+
+        With another number of micro-batches a step (``accumulation``) what there is counts for as many steps as then.
+        """
         self.reset()
         if state is None:
             return
         sums = torch.tensor(state["sums"])  # fp32, as they were summed
-        self._names, self._count = tuple(state["terms"]), state["micro_batches"]
-        self._sum = (sums[rank] if len(sums) == ranks else sums.mean(0)).to(device)
+        factor = accumulation / state["accumulation"]
+        self._names, self._count = tuple(state["terms"]), state["micro_batches"] * factor
+        self._sum = (factor * (sums[world.rank] if len(sums) == world.size else sums.mean(0))).to(world.device)
 
 
 class Stopwatch:

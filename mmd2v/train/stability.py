@@ -13,6 +13,7 @@ from statistics import median
 
 from mmd2v.config.training import StabilityConfig
 from mmd2v.errors import UserError
+from mmd2v.train.finite import ADVICE
 
 
 class SpikeGuard:
@@ -31,10 +32,10 @@ class SpikeGuard:
 
         Nothing is judged before the intervals of a whole window are known.
         """
-        while self._intervals and self._intervals[0][0] < step - self._window:
+        while len(self._intervals) > 1 and self._intervals[0][0] < step - self._window:
             self._intervals.popleft()
         if self._factor is not None and self._first is not None and step - self._first >= self._window:
-            middle = median(known for _, known in self._intervals) if self._intervals else 0.0
+            middle = median(known for _, known in self._intervals)
             if 0 < self._factor * middle < loss:
                 return (
                     f"step {step}: loss {loss:.4g} is {loss / middle:.1f} times the median of the {self._window} steps "
@@ -100,6 +101,6 @@ class SkipTally:
         if self.total > self._limit:
             raise UserError(
                 f"step {step}: {what}; {self._limit} steps were left out before it, as many as stability.skip_limit "
-                "allows; try a lower optimizer.lr, a longer optimizer.warmup or optimizer.clip_norm"
+                f"allows; {ADVICE}"
             )
         return f"warning: step {step} is left out: {what} ({self.total} of at most {self._limit})"

@@ -266,17 +266,17 @@ def test_a_loader_that_stalls_in_the_training_process_ends_both(start):
 
 
 def test_strangers_clocks_and_a_late_finish_disturb_nobody(start):
-    job = start("finishes", timeout=5.0)
+    job = start("finishes", timeout=20.0)
     assert [job.status(rank, 60) for rank in (0, 1)] == [0, 0], [job.told(0), job.told(1)]
     assert job.told(0) == job.told(1) == ""
 
 
 def test_a_job_that_is_suspended_as_a_whole_goes_on(start):
-    job = start("steps", timeout=4.0)
+    job = start("steps", timeout=10.0)
     job.until_ready()
     for process in job.processes:
         os.kill(process.pid, signal.SIGSTOP)
-    time.sleep(6)
+    time.sleep(13)
     for process in job.processes:
         os.kill(process.pid, signal.SIGCONT)
     time.sleep(1)

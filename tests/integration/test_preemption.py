@@ -127,7 +127,7 @@ def alone(data, tmp_path_factory) -> dict:
 def test_run_that_is_stopped_says_what_it_saved_and_how_to_go_on(alone):
     whole, building, before, first, evaluating, at_the_end, *rest = alone["left"]
     assert [whole, *rest] == ["finished"] * 4
-    assert building == f"SIGTERM: stopped after step 0, with nothing new to save; {ASKS}"
+    assert building == f"SIGTERM: stopped before it began, with nothing to save; {ASKS}"
     assert before == f"SIGUSR1: stopped after step 0, with nothing new to save; {ASKS}"
     assert not alone["before a step"]
     assert first.startswith("SIGTERM: saved step 4 in ") and first.endswith(f"; {ASKS}")

@@ -105,8 +105,6 @@ def test_nothing_is_lost_over_preemption_requeue_and_other_numbers_of_nodes(conf
 
     # On two nodes, until the scheduler's signal: it saves, ends, and queues itself again.
     goes_on(restarts=0)
-    refused = _command(slurm, "launch", "slurm", config, "--nodes", 1, "--gpus-per-node", 0, "--run_dir", run_dir)
-    assert refused.returncode == 2 and f"job {job} (RUNNING) has {run_dir} already" in refused.stderr
     slurm.run("scancel", "--signal=USR1", job)
     goes_on(restarts=1)
 
@@ -114,6 +112,8 @@ def test_nothing_is_lost_over_preemption_requeue_and_other_numbers_of_nodes(conf
     slurm.run("scontrol", "update", "NodeName=node2", "State=DRAIN", "Reason=test")
     slurm.run("scontrol", "requeue", job)
     _until(lambda: slurm.state(job) == "PENDING", slurm, job, log)
+    refused = _command(slurm, "launch", "slurm", config, "--nodes", 1, "--gpus-per-node", 0, "--run_dir", run_dir)
+    assert refused.returncode == 2 and f"job {job} (PENDING) has {run_dir} already" in refused.stderr
     slurm.run("scontrol", "update", f"JobId={job}", "NumNodes=1", "NumTasks=1")
     goes_on(restarts=2)
     assert slurm.fields(job)["NodeList"] == "node1" and slurm.fields(job)["Restarts"] == "2"

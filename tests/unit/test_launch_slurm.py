@@ -310,7 +310,7 @@ def test_shell_waits_for_the_ranks_whatever_signal_comes(folder, pretended, sign
 
 def test_start_from_another_run_only_until_there_is_an_own_checkpoint(folder, pretended):
     other = folder / "other run"
-    job = make_job(folder, check=False, start_from=str(other), run_dir=folder / "r u n")
+    job = make_job(folder, check=False, start_from=str(other), run_dir=folder / "r [1] n")
     run_script(job, pretended)
     (job.run_dir / "checkpoints" / "step-000001").mkdir(parents=True)
     run_script(job, pretended)

@@ -5,6 +5,7 @@ import io
 import json
 import os
 import time
+from dataclasses import replace
 
 import pytest
 import torch
@@ -55,22 +56,40 @@ def test_meter_refuses_what_is_not_finite():
 
 def test_meter_goes_on_with_an_interval_that_was_cut():
     meter = LossMeter()
-    assert meter.state() is None
+    assert meter.state(1) is None
     for value in (0.1, 0.2):
         meter.add({"loss": torch.tensor(value), "a": torch.tensor(1 / 3)})
-    state = json.loads(json.dumps(meter.state()))  # through a manifest
+    state = json.loads(json.dumps(meter.state(1)))  # through a manifest
     again = LossMeter()
-    again.load_state(state, 0, 1, torch.device("cpu"))
+    again.load_state(state, ALONE, 1)
     for one in (meter, again):
         one.add({"loss": torch.tensor(0.7), "a": torch.tensor(0.3)})
     assert again.read(3) == meter.read(3)  # to the last bit
 
-    of_two = {"terms": ["loss"], "micro_batches": 2, "sums": [[2.0], [4.0]]}
+    of_two = {"terms": ["loss"], "micro_batches": 2, "accumulation": 1, "sums": [[2.0], [4.0]]}
     for rank, ranks, mean in ((0, 2, 1.0), (1, 2, 2.0), (0, 1, 1.5), (2, 3, 1.5)):
-        again.load_state(of_two, rank, ranks, torch.device("cpu"))
+        again.load_state(of_two, replace(ALONE, rank=rank, size=ranks), 1)
         assert again.read(1) == {"loss": mean}
-    again.load_state(None, 0, 1, torch.device("cpu"))
+    again.load_state(None, ALONE, 1)
     assert again.read(1) == {}
+
+
+def test_steps_of_a_cut_interval_weigh_the_same_with_another_accumulation():
+    meter = LossMeter()
+    meter.load_state({"terms": ["loss"], "micro_batches": 5, "accumulation": 1, "sums": [[10.0], [10.0]]}, ALONE, 2)
+    for _ in range(2 * 5):
+        meter.add({"loss": torch.tensor(1.0)})
+    assert meter.read(10) == {"loss": 1.5}  # five steps at 2 and five at 1
+
+
+def test_a_cut_interval_of_other_objectives_is_left():
+    meter = LossMeter()
+    for terms in (["loss"], ["loss", "b"]):
+        meter.load_state(
+            {"terms": terms, "micro_batches": 1, "accumulation": 1, "sums": [[9.0] * len(terms)]}, ALONE, 1
+        )
+        meter.add({"loss": torch.tensor(1.0), "a": torch.tensor(2.0)})
+        assert meter.read(2) == {"loss": 1.0, "a": 2.0}
 
 
 def test_reporter_goes_back(tmp_path):

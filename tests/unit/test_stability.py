@@ -39,6 +39,12 @@ def test_median_is_that_of_the_window():
     assert guard.judge(72, 4.0) is not None
 
 
+def test_intervals_longer_than_the_window_are_held_to_the_one_before():
+    guard = _guard([(50, 2.0), (100, 2.0)])
+    assert guard.judge(150, 2.0) is None
+    assert guard.judge(200, 7.0) is not None
+
+
 def test_going_back_forgets_what_came_after():
     guard = _guard([(step, 1.0) for step in range(1, 31)])
     for step in range(31, 41):

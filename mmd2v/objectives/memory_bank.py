@@ -58,8 +58,13 @@ class MemoryBank:
 
     @torch.no_grad()
     def push(self, row_MC: torch.Tensor, owner_M: torch.Tensor, counts_M: torch.Tensor) -> None:
-        """Put new rows, which are the same on every rank, in the place of the oldest."""
+        """Put new rows, which are the same on every rank, in the place of the oldest.
+
+        A row that is not finite takes its place without counting: it would spoil the loss of many steps to come.
+        """
         self._follow(row_MC.device)
+        finite_M = row_MC.isfinite().all(dim=1)
+        row_MC, counts_M = row_MC.where(finite_M[:, None], 0), counts_M & finite_M
         ranks, own = world_size(), len(self.rows_KC)
         overrun = max(0, len(row_MC) - self.size)  # rows that later ones of the same step would push out again
         place = self.inserted + overrun

@@ -220,6 +220,14 @@ def test_the_queue_holds_the_newest_rows_however_many_ranks_share_it(monkeypatch
         assert set(newest) <= set(held)
 
 
+def test_a_row_that_is_not_finite_takes_its_place_and_never_counts():
+    bank = MemoryBank(4, 2, torch.float32, "here")
+    rows = torch.tensor([[1.0, 2.0], [float("nan"), 1.0], [3.0, float("inf")]])
+    bank.push(rows, torch.arange(3), torch.tensor([True, True, True]))
+    assert bank.counts_K.tolist() == [True, False, False, False]
+    assert bank.rows_KC.isfinite().all() and bank.inserted == 3
+
+
 def test_ranks_have_equally_many_places(monkeypatch):
     monkeypatch.setattr(memory_bank, "world_size", lambda: 3)
     with pytest.raises(UserError, match=r"bank_size: found 10, expected a multiple of the 3 ranks, such as 9"):

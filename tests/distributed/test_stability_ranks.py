@@ -12,6 +12,7 @@ from training_runs import make_data, run_config, run_of
 from mmd2v.distributed.collectives import barrier, gather_objects, rank, world_size
 from mmd2v.distributed.environment import World
 from mmd2v.errors import UserError
+from mmd2v.train.checkpoints.folders import complete_checkpoints
 from mmd2v.train.checkpoints.manifest import read_manifest
 from mmd2v.train.metrics import read_metrics
 
@@ -101,7 +102,31 @@ def _skip(data: Path, folder: Path) -> list[dict]:
         except UserError as error:
             said.append(str(error))
         barrier()
-    return [*found, {"said": said}]
+
+    # The loss is lost while the checkpoint of the step before is being written.
+    config = run_config(folder / "stop.yaml", data, steps=5, checkpoint__every=2)
+    with run_of(config, _world()) as run:
+        _spoil(run, {3: torch.nan})
+        run.checkpointer.finish = _only_when_asked(run)
+        try:
+            run.train()
+        except UserError as error:
+            said.append(str(error))
+        kept = [path.name for _, path in complete_checkpoints(run.checkpointer.folder)]
+    barrier()
+    return [*found, {"said": said, "kept": kept}]
+
+
+def _only_when_asked(run):
+    """`finish` of a checkpoint whose files take so long that no vote ever finds them written."""
+    finish = run.checkpointer.finish
+    type(run.checkpointer).busy, busy = property(lambda own: own.pending), type(run.checkpointer).busy
+
+    def restored() -> None:
+        type(run.checkpointer).busy = busy
+        finish()
+
+    return restored
 
 
 @pytest.fixture(scope="module")
@@ -131,6 +156,11 @@ def test_run_that_leaves_out_more_steps_than_allowed_ends_on_all_ranks(skipped):
         assert said[0] == "went well"
         assert said[1].startswith("step 4: ") and "not finite on rank(s)" in said[1]
         assert "1 steps were left out before it, as many as stability.skip_limit allows" in said[1]
+
+
+def test_checkpoint_that_is_being_written_when_the_loss_is_lost_is_kept(skipped):
+    for last in (ranks[-1] for ranks in skipped):
+        assert "became nan on rank(s) 1" in last["said"][2] and last["kept"] == ["step-000002"]
 
 
 def _straight(data: Path, folder: Path) -> list[list[str]]:

@@ -31,6 +31,7 @@ PATHS = ("triton", "segmented", "reference")
 OFFERS = {
     "expert_mlp": ("segmented", "reference"),
     "distill_target": ("reference",),
+    "add_layer_norm": ("triton", "reference"),
 }
 """Operator → its paths, the fastest first."""
 

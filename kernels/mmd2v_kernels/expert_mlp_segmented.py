@@ -164,7 +164,7 @@ def _forward(
     for expert, (start, stop) in zip(experts, call.rows, strict=True):
         if start == stop:
             continue
-        (w1_FD, b1_F, w2_DF, b2_D) = (t.to(call.arithmetic) for t in expert[2:6])
+        w1_FD, b1_F, w2_DF = (t.to(call.arithmetic) for t in expert[2:5])
         for block in _blocks(start, stop, call.block):
             x_rD, scale_r1 = _rows(x_TD, row_scale_T, index_R, block)
             n_rD = _normed(x_rD, expert, call.arithmetic) if call.norm == "pre" else x_rD.to(call.arithmetic)
@@ -175,7 +175,8 @@ def _forward(
             g_rF = _gelu(h_rF, scratch.second(block) if own else h_rF)
             if expert.inner_norm_weight is not None:
                 g_rF = _inner(g_rF, expert)[0]
-            t_rD = torch.addmm(b2_D, g_rF, w2_DF.t()).to(wide)
+            # The bias apart, as in the reference: in fp32 both are then equal to the last bit.
+            t_rD = torch.mm(g_rF, w2_DF.t()).to(wide).add_(expert.fc2_bias)
             if result_RD is not None:
                 result_RD[block] = t_rD
             y_rD = _scaled(t_rD, expert, scale_r1, None if kept_RD is None else kept_RD[block], call.dropout).add_(x_rD)

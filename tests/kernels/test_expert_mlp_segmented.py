@@ -292,3 +292,16 @@ def test_post_norm_changes_every_row():
     x = torch.randn(4, WIDTH, dtype=torch.float64)
     with pytest.raises(ValueError, match="found 2 of 4 rows"):
         expert_mlp(x, [make_expert(WIDTH, HIDDEN)], [(0, 2)], norm="post", index_R=torch.tensor([0, 2]))
+
+
+@pytest.mark.parametrize("norm", ["pre", "post"])
+def test_in_fp32_it_is_the_reference_to_the_last_bit(norm, monkeypatch):
+    """As long as an expert's rows fit one block: sums over several are in another order."""
+    experts = in_dtype([make_expert(WIDTH, HIDDEN, layer_scale=False) for _ in range(2)], torch.float32)
+    x, weight = torch.randn(80, WIDTH), torch.randn(1, 80, WIDTH)
+    found, expected = (
+        results(x, experts, [(0, 40), (40, 80)], weight, monkeypatch=monkeypatch, path=path, norm=norm)
+        for path in ("segmented", "reference")
+    )
+    for name in expected:
+        torch.testing.assert_close(found[name], expected[name], rtol=0, atol=0, msg=name)

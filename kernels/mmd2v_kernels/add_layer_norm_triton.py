@@ -74,7 +74,7 @@ def _backward_kernel(
     dweight = tl.zeros([BLOCK], dtype=tl.float32)
     dbias = tl.zeros([BLOCK], dtype=tl.float32)
     for row in range(program, rows, tl.num_programs(0)):
-        at = row.to(tl.int64) * width + column
+        at = tl.cast(row, tl.int64) * width + column
         normed = tl.load(sum_ptr + at, mask=inside, other=0.0).to(tl.float32) - tl.load(mean_ptr + row)
         rstd = tl.load(rstd_ptr + row)
         normed = tl.where(inside, normed * rstd, 0.0)

@@ -30,7 +30,7 @@ ENVIRONMENT = "MMD2V_KERNELS"
 PATHS = ("triton", "segmented", "reference")
 OFFERS = {
     "expert_mlp": ("segmented", "reference"),
-    "distill_target": ("reference",),
+    "distill_target": ("triton", "reference"),
     "add_layer_norm": ("triton", "reference"),
 }
 """Operator → its paths, the fastest first."""

@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 ENVIRONMENT = "MMD2V_KERNELS"
 PATHS = ("triton", "segmented", "reference")
 OFFERS = {
-    "expert_mlp": ("segmented", "reference"),
+    "expert_mlp": ("triton", "segmented", "reference"),
     "distill_target": ("triton", "reference"),
     "add_layer_norm": ("triton", "reference"),
 }

@@ -89,6 +89,9 @@ def expert_mlp(
     products = _product_dtype(x_TD)
     obstacle = _obstacle(x_TD, experts, row_scale_T, products)
     obstacles = {} if obstacle is None else {"segmented": obstacle, "triton": obstacle}
+    no_kernel = _no_kernel(experts, norm, dropout, with_branch)
+    if no_kernel is not None:
+        obstacles.setdefault("triton", no_kernel)
     path = choose("expert_mlp", x_TD.device, products, rows=len(x_TD), obstacles=obstacles).path
     if path == "reference":
         out_TD, branch_RD = _reference(x_TD, experts, rows, **how, index_R=index_R)
@@ -96,6 +99,12 @@ def expert_mlp(
         if norm == "pre" and row_scale_T is not None and x_TD.device.type == "cpu" and not with_branch:
             index_R, rows = _without_dropped(index_R, rows, row_scale_T)
         with torch.autocast(x_TD.device.type, enabled=False):
+            if path == "triton":
+                from mmd2v_kernels.expert_mlp_triton import triton_expert_mlp
+
+                return triton_expert_mlp(
+                    x_TD, experts, rows, row_scale_T=row_scale_T, index_R=index_R, products=products
+                )
             out_TD, branch_RD = segmented_expert_mlp(
                 x_TD, experts, rows, **how, index_R=index_R, with_branch=with_branch, stored=products
             )
@@ -123,6 +132,21 @@ def _obstacle(
         return "the row scale needs a gradient"
     if len({tuple(t is None for t in expert) for expert in experts}) != 1:
         return "some experts have layer scale or inner norm, others not"
+    return None
+
+
+def _no_kernel(experts: Sequence[Expert], norm: str, dropout: float, with_branch: bool) -> str | None:
+    """Say why the Triton kernels cannot do this call; None: they can."""
+    if norm != "pre":
+        return "the kernels have the norm before"
+    if dropout:
+        return "the kernels have no dropout"
+    if with_branch:
+        return "the kernels do not return the branch"
+    if experts[0].inner_norm_weight is not None:
+        return "the kernels have no inner norm"
+    if len({expert.eps for expert in experts}) != 1:
+        return "the kernels have one epsilon"
     return None
 
 

@@ -15,7 +15,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-MODULES = ("add_layer_norm_triton", "distill_target_triton")
+MODULES = ("add_layer_norm_triton", "distill_target_triton", "expert_mlp_triton")
 ARCHITECTURES = (80, 90)
 TENSOR_CORES = re.compile(r"\b(?:HMMA|HGMMA|IMMA|DMMA)\b")
 

@@ -1,7 +1,7 @@
 """Checks of the Triton kernels against float64 and plain torch, on a GPU or in Triton's interpreter.
 
     TRITON_INTERPRET=1 python tests/kernels/device_checks.py         # without a GPU: fp32 and fp16, tiny shapes
-    python tests/kernels/device_checks.py                            # with one: bf16 too
+    python tests/kernels/device_checks.py [BEGINNING OF A NAME]      # with one: bf16 too
 
 prints a JSON line a check. It needs torch and Triton, not pytest. The interpreter cannot do bf16: it multiplies the raw
 bits. All memory that nothing was written to holds NaN.
@@ -9,19 +9,19 @@ bits. All memory that nothing was written to holds NaN.
 
 from __future__ import annotations
 
-import itertools
 import json
 import os
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
-from expert_samples import assert_as_good
+from expert_samples import assert_as_good, in_dtype, make_expert, tensors_of
 
-from mmd2v_kernels import add_layer_norm, distill_loss, distill_target
+from mmd2v_kernels import Expert, add_layer_norm, distill_loss, distill_target, expert_mlp, route
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = torch.device("cpu" if INTERPRETED else "cuda")
@@ -58,10 +58,10 @@ def check_add_layer_norm(rows: int, width: int) -> Check:
         tensors = [rounded(*shape, to=dtype) for shape in [(rows, width)] * 2 + [(width,)] * 2]
         weights = [rounded(rows, width, to=dtype) for _ in range(2)]
 
-        def run(in_dtype: torch.dtype) -> dict[str, torch.Tensor]:
-            own = [t.to(in_dtype).requires_grad_() for t in tensors]
+        def run(computed: torch.dtype) -> dict[str, torch.Tensor]:
+            own = [t.to(computed).requires_grad_() for t in tensors]
             out = add_layer_norm(*own, 1e-6)
-            total = sum((a * b.to(in_dtype)).sum() for a, b in zip(out, weights, strict=True))
+            total = sum((a * b.to(computed)).sum() for a, b in zip(out, weights, strict=True))
             gradients = torch.autograd.grad(total, own)
             names = ("sum", "normed", "dx", "dbranch", "dweight", "dbias")
             return dict(zip(names, [*(t.detach() for t in out), *gradients], strict=True))
@@ -118,12 +118,12 @@ def check_distill(
         prediction, weight = rounded(*shape, to=dtype), rounded(*shape[:2], to=torch.float32)
         how = {"mask_BT": lengths_mask(*shape[:2]) if masked else None, "final_layer_norm": layer_norm}
 
-        def run(in_dtype: torch.dtype) -> dict[str, torch.Tensor]:
-            own = [result.to(in_dtype) for result in results]
+        def run(computed: torch.dtype) -> dict[str, torch.Tensor]:
+            own = [result.to(computed) for result in results]
             if loss == "none":
                 target = distill_target(own, **how)
                 return {"target": target if not masked else target * how["mask_BT"][..., None]}
-            predicted = prediction.to(in_dtype).requires_grad_()
+            predicted = prediction.to(computed).requires_grad_()
             distance = distill_loss(own, predicted, **how, loss=loss, beta=beta)
             (gradient,) = torch.autograd.grad((distance * weight.to(distance.dtype)).sum(), predicted)
             return {"loss": distance.detach(), "dprediction": gradient}
@@ -140,8 +140,92 @@ def distill_arguments(dtype: torch.dtype) -> tuple:
     return results, rounded(2, 3, 12, to=dtype).requires_grad_(), lengths_mask(2, 3), True, "mse", 1.0, 1e-5
 
 
-def all_checks() -> dict[str, Check]:
-    """Name → check, the same list everywhere."""
+# --- expert_mlp
+
+
+def on_device(experts: list[Expert], dtype: torch.dtype) -> list[Expert]:
+    moved = [Expert(*[t.to(DEVICE) if isinstance(t, torch.Tensor) else t for t in expert]) for expert in experts]
+    return in_dtype(moved, dtype)
+
+
+def check_expert_mlp(
+    counts: tuple[int, ...],
+    width: int = 24,
+    hidden: int = 40,
+    scaled: bool = True,
+    row_scaled: bool = False,
+    interleaved: bool = False,
+    dropped: bool = False,
+    autocast: bool = False,
+) -> Check:
+    def check(dtype: torch.dtype) -> None:
+        total = sum(counts)
+        experts = [make_expert(width, hidden, layer_scale=scaled) for _ in counts]
+        expert_of_row = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))
+        if interleaved:
+            expert_of_row = expert_of_row[torch.randperm(total)]
+        keep = torch.rand(total) > 0.4 if dropped else torch.ones(total, dtype=torch.bool)
+        plan = route(expert_of_row.numpy(), len(counts), DEVICE, keep=keep.numpy())
+        row_scale = (torch.rand(total) + 0.5).to(dtype).to(DEVICE) if row_scaled else None
+        outer = torch.float32 if autocast else dtype  # of rows and weights
+        x, weight = rounded(total, width, to=outer), rounded(total, width, to=outer)
+        own_weights = on_device(experts, outer)
+
+        def run(computed: torch.dtype) -> dict[str, torch.Tensor]:
+            of = computed if computed == torch.float64 else outer
+            own, rows = in_dtype(own_weights, of), x.to(of).requires_grad_()
+            scale = None if row_scale is None else row_scale.to(of)
+            with torch.autocast(DEVICE.type, dtype=dtype, enabled=autocast and of != torch.float64):
+                out = expert_mlp(rows, own, plan.rows, norm="pre", row_scale_T=scale, index_R=plan.index_R)
+            gradients = torch.autograd.grad((out * weight.to(of)).sum(), [rows, *tensors_of(own)])
+            return {"out": out.detach()} | {f"gradient{i}": gradient for i, gradient in enumerate(gradients)}
+
+        with small_tiles():
+            compare(run, dtype)
+
+    return check
+
+
+@contextmanager
+def small_tiles() -> Iterator[None]:
+    """In the interpreter, pieces so small that tiny shapes have several; on a GPU those that are shipped."""
+    from mmd2v_kernels import expert_mlp_triton
+
+    shipped = expert_mlp_triton.TILES
+    if INTERPRETED:
+        expert_mlp_triton.TILES = expert_mlp_triton.Tiles(
+            rows=32, columns=32, gradient_columns=16, depth=16, wgrad=(16, 32, 16), chunk=40, norm=16
+        )
+    try:
+        yield
+    finally:
+        expert_mlp_triton.TILES = shipped
+
+
+def check_no_gradient_keeps_nothing(dtype: torch.dtype) -> None:
+    from mmd2v_kernels import expert_mlp_triton
+
+    experts = on_device([make_expert(8, 16)], dtype)
+    x = rounded(5, 8, to=dtype)
+    with torch.no_grad(), small_tiles():
+        found = by_path("triton", lambda: {"out": expert_mlp(x, experts, [(0, 5)], norm="pre")})["out"]
+        flat = tensors_of(experts)
+        _, h_RF, *_ = expert_mlp_triton._forward(x, None, None, flat, [5], True, 1e-6, dtype, False)
+    exact = by_path("reference", lambda: {"out": expert_mlp(x, experts, [(0, 5)], norm="pre")})["out"]
+    unit = 4 * torch.finfo(dtype).eps
+    torch.testing.assert_close(found, exact, rtol=unit, atol=unit)
+    assert h_RF.numel() == 0
+
+
+def mlp_arguments(dtype: torch.dtype) -> tuple:
+    from mmd2v_kernels import expert_mlp_triton  # noqa: F401
+
+    experts = on_device([make_expert(8, 16)], dtype)
+    return rounded(3, 8, to=dtype).requires_grad_(), None, None, tensors_of(experts), [3], True, 1e-6, dtype, True
+
+
+def all_checks(interpreted: bool) -> dict[str, Check]:
+    """Name → check; the interpreter leaves out what is too large for it."""
     found: dict[str, Check] = {}
     for rows, width in ((1, 8), (3, 5), (7, 48), (17, 12), (0, 16)):
         found[f"add_layer_norm/{rows}x{width}"] = check_add_layer_norm(rows, width)
@@ -159,27 +243,55 @@ def all_checks() -> dict[str, Check]:
         "nothing": check_distill((0, 3, 8), 2, True, True, "mse"),
     }.items():
         found[f"distill/{name}"] = check
+    for name, check in {
+        "two": check_expert_mlp((37, 20)),
+        "empty": check_expert_mlp((0, 33, 0)),
+        "one_row": check_expert_mlp((1, 31), scaled=False),
+        "tile_edges": check_expert_mlp((32, 33)),
+        "whole_tiles": check_expert_mlp((32, 32), width=32, hidden=64, row_scaled=True),
+        "interleaved": check_expert_mlp((20, 25), interleaved=True, row_scaled=True),
+        "dropped": check_expert_mlp((30, 30), dropped=True, row_scaled=True),
+        "autocast": check_expert_mlp((20, 21), autocast=True),
+        "nothing": check_expert_mlp((0, 0)),
+    }.items():
+        found[f"expert_mlp/{name}"] = check
+    if not interpreted:
+        for rows in (127, 128, 129, 5000):
+            found[f"expert_mlp/shipped_{rows}"] = check_expert_mlp((rows, 70), width=768, hidden=3072)
+    found["expert_mlp/no_gradient"] = check_no_gradient_keeps_nothing
+    found["expert_mlp/operator"] = check_operator("expert_mlp", mlp_arguments)
     found["distill/operator"] = check_operator("distill_loss", distill_arguments)
     return found
 
 
-def names(dtypes: tuple[str, ...]) -> list[str]:
-    return [f"{check}/{dtype}" for check, dtype in itertools.product(all_checks(), dtypes)]
+def names(dtypes: Sequence[str], interpreted: bool) -> list[str]:
+    """Return the checks of each dtype. The interpreter runs most of the slow ones in fp32 alone."""
+    once = ("tile_edges", "whole_tiles", "one_row", "empty", "dropped") if interpreted else ()
+    return [
+        f"{check}/{dtype}"
+        for check in all_checks(interpreted)
+        for dtype in dtypes
+        if not (check.startswith("expert_mlp/") and check.endswith(once) and dtype != "float32")
+        and not (check == "expert_mlp/autocast" and dtype == "float32")
+    ]
 
 
 def main() -> int:
-    failed = 0
-    for check, call in all_checks().items():
-        for dtype_name, dtype in DTYPES.items():
-            torch.manual_seed(0)
-            torch.use_deterministic_algorithms(True, warn_only=True)
-            start, problem = time.perf_counter(), ""
-            try:
-                call(dtype)
-            except Exception:
-                problem, failed = traceback.format_exc(), failed + 1
-            seconds = round(time.perf_counter() - start, 3)
-            print(json.dumps({"check": f"{check}/{dtype_name}", "problem": problem, "seconds": seconds}), flush=True)
+    failed, wanted = 0, sys.argv[1] if len(sys.argv) > 1 else ""
+    checks = all_checks(INTERPRETED)
+    for name in names(list(DTYPES), INTERPRETED):
+        if not name.startswith(wanted):
+            continue
+        check, _, dtype = name.rpartition("/")
+        torch.manual_seed(0)
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        start, problem = time.perf_counter(), ""
+        try:
+            checks[check](DTYPES[dtype])
+        except Exception:
+            problem, failed = traceback.format_exc(), failed + 1
+        seconds = round(time.perf_counter() - start, 3)
+        print(json.dumps({"check": name, "problem": problem, "seconds": seconds}), flush=True)
     return 1 if failed else 0
 
 

@@ -50,13 +50,13 @@ def on_gpu():
     return outcomes()
 
 
-@pytest.mark.parametrize("name", device_checks.names(("float32", "float16")))
+@pytest.mark.parametrize("name", device_checks.names(("float32", "float16"), interpreted=True))
 def test_in_the_interpreter(name, interpreted):
     assert interpreted[name]["problem"] == ""
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("name", device_checks.names(device_checks.NAMES))
+@pytest.mark.parametrize("name", device_checks.names(device_checks.NAMES, interpreted=False))
 def test_on_a_gpu(name, on_gpu):
     assert on_gpu[name]["problem"] == ""
 

@@ -202,6 +202,24 @@ def small_tiles() -> Iterator[None]:
         expert_mlp_triton.TILES = shipped
 
 
+def check_the_same_every_time(dtype: torch.dtype) -> None:
+    """To the last bit: a race would show sooner or later."""
+    rows = 20 if INTERPRETED else 3000
+    experts = on_device([make_expert(24, 40) for _ in range(2)], dtype)
+    x, weight = rounded(2 * rows, 24, to=dtype).requires_grad_(), rounded(2 * rows, 24, to=dtype)
+
+    def run() -> dict[str, torch.Tensor]:
+        out = expert_mlp(x, experts, [(0, rows), (rows, 2 * rows)], norm="pre")
+        gradients = torch.autograd.grad((out * weight).sum(), [x, *tensors_of(experts)])
+        return dict(enumerate([out.detach(), *gradients]))
+
+    with small_tiles():
+        first = by_path("triton", run)
+        for _ in range(1 if INTERPRETED else 20):
+            again = by_path("triton", run)
+            assert all(torch.equal(first[i], again[i]) for i in first)
+
+
 def check_no_gradient_keeps_nothing(dtype: torch.dtype) -> None:
     from mmd2v_kernels import expert_mlp_triton
 
@@ -258,6 +276,7 @@ def all_checks(interpreted: bool) -> dict[str, Check]:
     if not interpreted:
         for rows in (127, 128, 129, 5000):
             found[f"expert_mlp/shipped_{rows}"] = check_expert_mlp((rows, 70), width=768, hidden=3072)
+    found["expert_mlp/repeated"] = check_the_same_every_time
     found["expert_mlp/no_gradient"] = check_no_gradient_keeps_nothing
     found["expert_mlp/operator"] = check_operator("expert_mlp", mlp_arguments)
     found["distill/operator"] = check_operator("distill_loss", distill_arguments)
@@ -266,7 +285,7 @@ def all_checks(interpreted: bool) -> dict[str, Check]:
 
 def names(dtypes: Sequence[str], interpreted: bool) -> list[str]:
     """Return the checks of each dtype. The interpreter runs most of the slow ones in fp32 alone."""
-    once = ("tile_edges", "whole_tiles", "one_row", "empty", "dropped") if interpreted else ()
+    once = ("tile_edges", "whole_tiles", "one_row", "empty", "dropped", "repeated") if interpreted else ()
     return [
         f"{check}/{dtype}"
         for check in all_checks(interpreted)

@@ -3,9 +3,9 @@
     python benchmarks/kernels/gpu.py --out FOLDER [--seconds 240] [--tiny]
 
 writes kernels.csv, kernels.svg (where matplotlib is there) and measured.txt, the rows that `mmd2v_kernels.measured`
-would need. Only torch and Triton are imported. Before anything is timed each provider's output is compared with float64.
-The floors are arithmetic from two rates measured here: a large bf16 product and a large copy. `--tiny` is a rehearsal that
-runs on a CPU too and whose figures mean nothing.
+would need. Only torch and Triton are imported. Before anything is timed each provider's output is compared with
+float64. The floors are arithmetic from two rates measured here: a large bf16 product and a large copy. `--tiny` is a
+rehearsal that runs on a CPU too and whose figures mean nothing.
 """
 
 from __future__ import annotations

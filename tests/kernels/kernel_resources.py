@@ -1,6 +1,14 @@
 """Write what every form of the kernels needs into kernel_resources.json, under the version of Triton that runs this.
 
 python tests/kernels/kernel_resources.py
+
+For a version that is not installed, an environment of its own, which also runs the tests with it:
+
+    python -m venv DIR
+    python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' > DIR/lib/python3.*/site-packages/zz_lent.pth
+    DIR/bin/pip install --no-deps triton==3.6.0
+    PYTHONPATH=kernels DIR/bin/python tests/kernels/kernel_resources.py
+    MMD2V_TRITON_PYTHON=DIR/bin/python python -m pytest tests/kernels/test_triton_kernels.py
 """
 
 import json

@@ -10,7 +10,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: setup demo test test-slow test-gpu bench lint format clean
+.PHONY: setup demo test test-slow test-gpu gpu-check bench lint format clean
 
 setup: $(READY)
 
@@ -37,6 +37,13 @@ test-gpu: $(READY)
 
 bench: $(READY)
 	$(BIN)/python benchmarks/retrieval/run.py --out benchmarks/results/retrieval.csv
+	@test -x $(VENV)/torchscale/bin/python || benchmarks/kernels/peer_environment.sh $(VENV)/torchscale $(BIN)/python
+	$(VENV)/torchscale/bin/python benchmarks/kernels/expert_mlp.py --out benchmarks/results/expert_mlp.csv
+
+# All that needs a GPU, in eight minutes; needs torch and Triton alone: make gpu-check GPU_PYTHON=python3
+GPU_PYTHON ?= $(BIN)/python
+gpu-check:
+	benchmarks/kernels/gpu_check.sh benchmarks/results/gpu $(GPU_PYTHON)
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -3,24 +3,32 @@
 They import nothing of mmd2v.
 """
 
+from mmd2v_kernels.add_layer_norm import add_layer_norm
 from mmd2v_kernels.candidate_logsumexp import candidate_logsumexp
 from mmd2v_kernels.contrastive import ContrastiveWeights, contrastive
 from mmd2v_kernels.cosine_topk import cosine_topk
-from mmd2v_kernels.distill_target import distill_target
+from mmd2v_kernels.dispatch import describe
+from mmd2v_kernels.distill_target import distill_loss, distill_target
 from mmd2v_kernels.expert_mlp import Expert, expert_mlp
 from mmd2v_kernels.rank_count import RankCounts, count_ahead, rank_count
+from mmd2v_kernels.routing import Route, route
 from mmd2v_kernels.siglip import siglip
 
 __all__ = [
     "ContrastiveWeights",
     "Expert",
     "RankCounts",
+    "Route",
+    "add_layer_norm",
     "candidate_logsumexp",
     "contrastive",
     "cosine_topk",
     "count_ahead",
+    "describe",
+    "distill_loss",
     "distill_target",
     "expert_mlp",
     "rank_count",
+    "route",
     "siglip",
 ]

@@ -1,0 +1,703 @@
+"""Triton kernels of `expert_mlp`: all experts in one launch a part, nothing kept but the input and h.
+
+The rows of all experts, in the order of the index, are cut into tiles that lie within one expert each; the host lists
+them. Parts: 1 LayerNorm and gather; 2 fc1, bias and GELU; 3 fc2, bias, scales, residual and scatter; 4 the gradient
+of h, with GELU computed again and fc1's bias gradient as partial sums; 5 weight gradients, each expert's rows cut into
+chunks, so that there are more pieces of work than the 72 tiles of a weight; 6 the gradient of the norm's output; 7 the
+norm backward, residual and scatter.
+
+GELU is exact to 2e-7 (Abramowitz and Stegun 7.1.26), which shares its exponential with the derivative.
+Deterministic: no atomics, partial sums are added in one order.
+
+Shapes: T rows of ``x``, R rows that pass the experts, E experts, D width, F hidden width; a matrix product has M rows
+of a tile, N columns and depth K; P tiles or chunks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+import triton
+import triton.language as tl
+
+from mmd2v_kernels.configuration import TRITON_NAMES, Configuration
+
+if TYPE_CHECKING:
+    from mmd2v_kernels.expert_mlp import Expert
+
+__all__ = ["TILES", "Tiles", "configurations", "triton_expert_mlp"]
+
+GELU, RESIDUAL, GELU_GRADIENT, PLAIN = 0, 1, 2, 3
+"""What happens to a product before it is written."""
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """Sizes of the pieces of work."""
+
+    rows: int = 128
+    columns: int = 256
+    gradient_columns: int = 128
+    """Of part 4, whose epilogue holds more."""
+    depth: int = 64
+    warps: int = 8
+    stages: int = 3
+    wgrad: tuple[int, int, int] = (128, 256, 64)
+    """Rows and columns of a weight, and rows summed at a time."""
+    chunk: int = 8192
+    """Rows of a chunk of part 5, at most."""
+    norm: int = 32
+    """Rows of a program of part 7."""
+
+
+TILES = Tiles()
+_NORM_WARPS = 8
+
+
+@triton.jit
+def _gelu(h):
+    """Return GELU(h) and its derivative."""
+    size = tl.abs(h) * 0.7071067811865476
+    t = 1.0 / (1.0 + 0.3275911 * size)
+    bell = tl.exp(-0.5 * h * h)
+    series = t * (0.254829592 + t * (-0.284496736 + t * (1.421413741 + t * (-1.453152027 + t * 1.061405429))))
+    tail = 0.5 * series * bell  # of the normal distribution, beyond |h|: small without a cancellation
+    below = tl.where(h < 0, tail, 1.0 - tail)
+    return h * below, below + h * bell * 0.3989422804014327
+
+
+@triton.jit
+def _norm_kernel(
+    x_ptr,  # [T, D]
+    index_ptr,  # int64 [R]
+    weights_ptr,  # int64 [2, E] addresses: weights, then biases
+    vector_ptr,  # [D] one of them, for its type
+    stops_ptr,  # int32 [E] end of each expert's rows
+    normed_ptr,  # [R, D] out
+    mean_ptr,  # fp32 [R] out
+    rstd_ptr,  # fp32 [R] out
+    experts,  # E
+    width,  # D
+    eps,
+    HAS_INDEX: tl.constexpr,
+    BLOCK: tl.constexpr,  # D, up to a power of two
+):
+    row = tl.program_id(0).to(tl.int64)
+    expert = 0
+    for e in range(0, experts):
+        expert += (row >= tl.load(stops_ptr + e)).to(tl.int32)
+    source = row
+    if HAS_INDEX:
+        source = tl.load(index_ptr + row)
+    column = tl.arange(0, BLOCK)
+    inside = column < width
+    x = tl.load(x_ptr + source * width + column, mask=inside, other=0.0).to(tl.float32)
+    mean = tl.sum(x, axis=0) / width
+    centred = tl.where(inside, x - mean, 0.0)
+    rstd = 1.0 / tl.sqrt(tl.sum(centred * centred, axis=0) / width + eps)
+    weight_ptr = tl.load(weights_ptr + expert).to(vector_ptr.dtype)
+    bias_ptr = tl.load(weights_ptr + experts + expert).to(vector_ptr.dtype)
+    weight = tl.load(weight_ptr + column, mask=inside, other=0.0).to(tl.float32)
+    bias = tl.load(bias_ptr + column, mask=inside, other=0.0).to(tl.float32)
+    tl.store(normed_ptr + row * width + column, centred * rstd * weight + bias, mask=inside)
+    tl.store(mean_ptr + row, mean)
+    tl.store(rstd_ptr + row, rstd)
+
+
+@triton.jit
+def _write(
+    product,  # fp32 [M, N] or a half of its columns
+    first,  # int64: the tile's first row
+    row,  # int32 [M]: from there on, so that offsets within a tile are of 32 bits and cost half the registers
+    is_row,  # bool [M]
+    column,  # int32 [N]
+    is_column,  # bool [N]
+    tile,
+    expert,
+    biases_ptr,  # this and what follows: see `_product_kernel`
+    scales_ptr,  # int64 [E]
+    vector_ptr,  # [N]
+    h_ptr,  # [R, N]
+    out_ptr,  # [R, N] or [T, N]
+    x_ptr,  # [T, N] or [R, N]
+    index_ptr,  # int64 [R]
+    row_scale_ptr,  # [T]
+    sums_ptr,  # fp32 [P, N]
+    columns,  # N
+    EPILOGUE: tl.constexpr,
+    HAS_INDEX: tl.constexpr,
+    HAS_SCALE: tl.constexpr,
+    HAS_ROW_SCALE: tl.constexpr,
+    KEEP: tl.constexpr,
+):
+    inside = is_row[:, None] & is_column[None, :]
+    at = row[:, None] * columns + column[None, :]
+    base = first * columns
+    if EPILOGUE == 0 or EPILOGUE == 1:
+        bias_ptr = tl.load(biases_ptr + expert).to(vector_ptr.dtype)
+        product += tl.load(bias_ptr + column, mask=is_column, other=0.0).to(tl.float32)[None, :]
+    if EPILOGUE == 0:
+        if KEEP:
+            tl.store(h_ptr + base + at, product, mask=inside)
+            product = product.to(h_ptr.dtype.element_ty).to(tl.float32)
+        product, _ = _gelu(product)
+        tl.store(out_ptr + base + at, product, mask=inside)
+    elif EPILOGUE == 1:
+        if HAS_SCALE:
+            scale_ptr = tl.load(scales_ptr + expert).to(vector_ptr.dtype)
+            product *= tl.load(scale_ptr + column, mask=is_column, other=0.0).to(tl.float32)[None, :]
+        target = first + row
+        if HAS_INDEX:
+            target = tl.load(index_ptr + first + row, mask=is_row, other=0)
+            at = target[:, None] * columns + column[None, :]
+            base = base * 0
+        if HAS_ROW_SCALE:
+            product *= tl.load(row_scale_ptr + target, mask=is_row, other=0.0).to(tl.float32)[:, None]
+        product += tl.load(x_ptr + base + at, mask=inside, other=0.0).to(tl.float32)
+        tl.store(out_ptr + base + at, product, mask=inside)
+    elif EPILOGUE == 2:
+        h = tl.load(h_ptr + base + at, mask=inside, other=0.0).to(tl.float32)
+        g, slope = _gelu(h)
+        # g takes the place that x has in the residual epilogue: it is an output here.
+        tl.store(x_ptr + base + at, g, mask=inside)
+        product = tl.where(inside, product * slope, 0.0)
+        tl.store(out_ptr + base + at, product, mask=inside)
+        tl.store(sums_ptr + tile * columns + column, tl.sum(product, axis=0), mask=is_column)
+    else:
+        tl.store(out_ptr + base + at, product, mask=inside)
+
+
+@triton.jit
+def _product_kernel(
+    a_ptr,  # [R, K]
+    tiles_ptr,  # int32 [P, 3] expert, first row, end
+    weights_ptr,  # int64 [E] addresses of [N, K], or of [K, N] if transposed
+    biases_ptr,  # int64 [E] addresses of [N]
+    scales_ptr,  # int64 [E] addresses of [N]
+    vector_ptr,  # [N] one of those, for its type
+    h_ptr,  # [R, N] out of GELU, in of its gradient
+    out_ptr,  # [R, N] out; of the residual [T, N]
+    x_ptr,  # [T, N] in of the residual; [R, N] out of GELU's gradient: GELU(h)
+    index_ptr,  # int64 [R]
+    row_scale_ptr,  # [T]
+    sums_ptr,  # fp32 [P, N] out: sums of a tile's columns
+    columns,  # N
+    depth,  # K
+    TRANSPOSED: tl.constexpr,
+    EPILOGUE: tl.constexpr,
+    HAS_INDEX: tl.constexpr,
+    HAS_SCALE: tl.constexpr,
+    HAS_ROW_SCALE: tl.constexpr,
+    KEEP: tl.constexpr,
+    WHOLE: tl.constexpr,  # N and K are multiples of the tile's
+    PRECISION: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    DEPTH: tl.constexpr,
+):
+    blocks = tl.cdiv(columns, COLUMNS)
+    tile, block = tl.program_id(0) // blocks, tl.program_id(0) % blocks
+    expert = tl.load(tiles_ptr + 3 * tile)
+    first = tl.load(tiles_ptr + 3 * tile + 1)
+    row = tl.arange(0, ROWS)
+    is_row = row < tl.load(tiles_ptr + 3 * tile + 2) - first
+    first = first.to(tl.int64)
+    a_ptr += first * depth
+    column = block * COLUMNS + tl.arange(0, COLUMNS)
+    is_column = column < columns
+    weight_ptr = tl.load(weights_ptr + expert).to(a_ptr.dtype)
+    product = tl.zeros([ROWS, COLUMNS], dtype=tl.float32)
+    for start in range(0, depth, DEPTH):
+        k = start + tl.arange(0, DEPTH)
+        is_a, is_w = is_row[:, None], is_column[None, :]
+        if not WHOLE:
+            is_a, is_w = is_a & (k < depth)[None, :], is_w & (k < depth)[:, None]
+        a = tl.load(a_ptr + row[:, None] * depth + k[None, :], mask=is_a, other=0.0)
+        if TRANSPOSED:  # noqa: SIM108
+            at = k[:, None] * columns + column[None, :]
+        else:
+            at = column[None, :] * depth + k[:, None]
+        if WHOLE:  # noqa: SIM108
+            w = tl.load(tl.multiple_of(weight_ptr, 16) + at)
+        else:
+            w = tl.load(weight_ptr + at, mask=is_w, other=0.0)
+        product = tl.dot(a, w, product, input_precision=PRECISION)
+    # By halves: the whole tile and what the epilogue reads would not fit the registers.
+    halves = tl.permute(tl.reshape(product, (ROWS, 2, COLUMNS // 2)), (0, 2, 1))
+    left, right = tl.split(halves)
+    half = block * COLUMNS + tl.arange(0, COLUMNS // 2)
+    _write(
+        left, first, row, is_row, half, half < columns, tile, expert, biases_ptr, scales_ptr, vector_ptr, h_ptr,
+        out_ptr, x_ptr, index_ptr, row_scale_ptr, sums_ptr, columns, EPILOGUE, HAS_INDEX, HAS_SCALE, HAS_ROW_SCALE,
+        KEEP,
+    )  # fmt: skip
+    half += COLUMNS // 2
+    _write(
+        right, first, row, is_row, half, half < columns, tile, expert, biases_ptr, scales_ptr, vector_ptr, h_ptr,
+        out_ptr, x_ptr, index_ptr, row_scale_ptr, sums_ptr, columns, EPILOGUE, HAS_INDEX, HAS_SCALE, HAS_ROW_SCALE,
+        KEEP,
+    )  # fmt: skip
+
+
+@triton.jit
+def _weight_gradient_kernel(
+    left_ptr,  # [R, M] gradient of the product
+    right_ptr,  # [R, N] what was multiplied
+    chunks_ptr,  # int32 [P, 3] expert, first row, end
+    partial_ptr,  # fp32 [P, M, N] out
+    height,  # M
+    columns,  # N
+    WHOLE: tl.constexpr,  # M and N are multiples of the tile's
+    PRECISION: tl.constexpr,
+    HEIGHT: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    DEPTH: tl.constexpr,
+):
+    blocks = tl.cdiv(columns, COLUMNS)
+    chunk = tl.program_id(1)
+    row, end = tl.load(chunks_ptr + 3 * chunk + 1), tl.load(chunks_ptr + 3 * chunk + 2)
+    m = tl.program_id(0) // blocks * HEIGHT + tl.arange(0, HEIGHT)
+    n = tl.program_id(0) % blocks * COLUMNS + tl.arange(0, COLUMNS)
+    product = tl.zeros([HEIGHT, COLUMNS], dtype=tl.float32)
+    for start in range(row, end, DEPTH):
+        k = start + tl.arange(0, DEPTH)
+        is_left, is_right = (k < end)[None, :], (k < end)[:, None]
+        if not WHOLE:
+            is_left, is_right = is_left & (m < height)[:, None], is_right & (n < columns)[None, :]
+        k = k.to(tl.int64)
+        left = tl.load(left_ptr + k[None, :] * height + m[:, None], mask=is_left, other=0.0)
+        right = tl.load(right_ptr + k[:, None] * columns + n[None, :], mask=is_right, other=0.0)
+        product = tl.dot(left, right, product, input_precision=PRECISION)
+    at = (chunk.to(tl.int64) * height + m[:, None]) * columns + n[None, :]
+    tl.store(partial_ptr + at, product, mask=(m < height)[:, None] & (n < columns)[None, :])
+
+
+@triton.jit
+def _norm_backward_kernel(
+    dnormed_ptr,  # [R, D]
+    x_ptr,  # [T, D]
+    dout_ptr,  # [T, D] of the residual
+    index_ptr,  # int64 [R]
+    tiles_ptr,  # int32 [P, 3] expert, first row, end
+    weights_ptr,  # int64 [E] addresses of [D]
+    vector_ptr,  # [D] one of them, for its type
+    mean_ptr,  # fp32 [R]
+    rstd_ptr,  # fp32 [R]
+    dx_ptr,  # [T, D] out
+    dweight_ptr,  # fp32 [P, D] out
+    dbias_ptr,  # fp32 [P, D] out
+    width,  # D
+    HAS_INDEX: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    tile = tl.program_id(0)
+    expert, first, end = (
+        tl.load(tiles_ptr + 3 * tile),
+        tl.load(tiles_ptr + 3 * tile + 1),
+        tl.load(tiles_ptr + 3 * tile + 2),
+    )
+    column = tl.arange(0, BLOCK)
+    inside = column < width
+    weight_ptr = tl.load(weights_ptr + expert).to(vector_ptr.dtype)
+    weight = tl.load(weight_ptr + column, mask=inside, other=0.0).to(tl.float32)
+    dweight = tl.zeros([BLOCK], dtype=tl.float32)
+    dbias = tl.zeros([BLOCK], dtype=tl.float32)
+    for row in range(first, end):
+        here = tl.cast(row, tl.int64)
+        source = here
+        if HAS_INDEX:
+            source = tl.load(index_ptr + row)
+        normed = tl.load(x_ptr + source * width + column, mask=inside, other=0.0).to(tl.float32)
+        rstd = tl.load(rstd_ptr + row)
+        normed = tl.where(inside, (normed - tl.load(mean_ptr + row)) * rstd, 0.0)
+        dnormed = tl.load(dnormed_ptr + here * width + column, mask=inside, other=0.0).to(tl.float32)
+        dweight += dnormed * normed
+        dbias += dnormed
+        dnormed *= weight
+        mean_d = tl.sum(dnormed, axis=0) / width
+        mean_dn = tl.sum(dnormed * normed, axis=0) / width
+        dx = (dnormed - mean_d - normed * mean_dn) * rstd
+        dx += tl.load(dout_ptr + source * width + column, mask=inside, other=0.0).to(tl.float32)
+        tl.store(dx_ptr + source * width + column, dx, mask=inside)
+    tl.store(dweight_ptr + tile * width + column, dweight, mask=inside)
+    tl.store(dbias_ptr + tile * width + column, dbias, mask=inside)
+
+
+def _on_device(values: list, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Copy host integers to the device without waiting for it."""
+    host = torch.tensor(values, dtype=dtype)
+    return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host
+
+
+def _addresses(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+    return _on_device([t.data_ptr() for t in tensors], torch.int64, tensors[0].device)
+
+
+def _cut(rows: Sequence[tuple[int, int]], size: int) -> list[tuple[int, int, int]]:
+    """Cut each expert's rows into pieces of at most ``size``: (expert, first, end)."""
+    return [
+        (expert, first, min(first + size, stop))
+        for expert, (start, stop) in enumerate(rows)
+        for first in range(start, stop, size)
+    ]
+
+
+def _precision(dtype: torch.dtype) -> str:
+    # TF32, the default for fp32, keeps 10 bits.
+    return "ieee" if dtype == torch.float32 else "tf32"
+
+
+def _product(
+    epilogue: int,
+    a_RK: torch.Tensor,
+    weights: Sequence[torch.Tensor],
+    rows: Sequence[tuple[int, int]],
+    out: torch.Tensor,
+    tiles: Tiles,
+    *,
+    transposed: bool = False,
+    biases: Sequence[torch.Tensor] = (),
+    scales: Sequence[torch.Tensor] = (),
+    h_RN: torch.Tensor | None = None,
+    x: torch.Tensor | None = None,
+    index_R: torch.Tensor | None = None,
+    row_scale_T: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Multiply each expert's rows with its weight; return the column sums of the tiles, fp32 [P, N] (or nothing)."""
+    device, depth = a_RK.device, a_RK.shape[1]
+    columns = weights[0].shape[1] if transposed else weights[0].shape[0]
+    wide = tiles.gradient_columns if epilogue == GELU_GRADIENT else tiles.columns
+    cut = _cut(rows, tiles.rows)
+    sums_PN = torch.empty(len(cut) if epilogue == GELU_GRADIENT else 0, columns, dtype=torch.float32, device=device)
+    vectors = [*biases, *scales] or [a_RK]
+    nothing = a_RK
+    _product_kernel[(len(cut) * triton.cdiv(columns, wide),)](
+        a_RK,
+        _on_device(cut, torch.int32, device),
+        _addresses(weights),
+        _addresses(biases) if biases else nothing,
+        _addresses(scales) if scales else nothing,
+        vectors[0],
+        nothing if h_RN is None else h_RN,
+        out,
+        nothing if x is None else x,
+        nothing if index_R is None else index_R,
+        nothing if row_scale_T is None else row_scale_T,
+        sums_PN if epilogue == GELU_GRADIENT else nothing,
+        columns,
+        depth,
+        TRANSPOSED=transposed,
+        EPILOGUE=epilogue,
+        HAS_INDEX=index_R is not None,
+        HAS_SCALE=bool(scales),
+        HAS_ROW_SCALE=row_scale_T is not None,
+        KEEP=h_RN is not None,
+        WHOLE=columns % wide == 0 and depth % tiles.depth == 0,
+        PRECISION=_precision(a_RK.dtype),
+        ROWS=tiles.rows,
+        COLUMNS=wide,
+        DEPTH=tiles.depth,
+        num_warps=tiles.warps,
+        num_stages=tiles.stages,
+    )
+    return sums_PN
+
+
+def _per_expert(partial_PX: torch.Tensor, cut: list[tuple[int, int, int]], experts: int) -> list[torch.Tensor]:
+    """Add up the partial sums of each expert's pieces; 0 where it has none."""
+    counts = [sum(expert == e for expert, _, _ in cut) for e in range(experts)]
+    return [part.sum(dim=0) for part in partial_PX.split(counts)]
+
+
+def _weight_gradient(
+    left_RM: torch.Tensor, right_RN: torch.Tensor, rows: Sequence[tuple[int, int]], tiles: Tiles
+) -> list[torch.Tensor]:
+    """Return leftᵀ right of each expert's rows, fp32 [M, N]."""
+    height, columns = left_RM.shape[1], right_RN.shape[1]
+    cut = _cut(rows, tiles.chunk)
+    partial = torch.empty(len(cut), height, columns, dtype=torch.float32, device=left_RM.device)
+    m, n, depth = tiles.wgrad
+    _weight_gradient_kernel[(triton.cdiv(height, m) * triton.cdiv(columns, n), len(cut))](
+        left_RM,
+        right_RN,
+        _on_device(cut, torch.int32, left_RM.device),
+        partial,
+        height,
+        columns,
+        WHOLE=height % m == 0 and columns % n == 0,
+        PRECISION=_precision(left_RM.dtype),
+        HEIGHT=m,
+        COLUMNS=n,
+        DEPTH=depth,
+        num_warps=tiles.warps,
+        num_stages=tiles.stages,
+    )
+    return _per_expert(partial, cut, len(rows))
+
+
+def _experts(flat: Sequence[torch.Tensor], scaled: bool) -> list[list[torch.Tensor]]:
+    count = 7 if scaled else 6
+    return [list(flat[i : i + count]) for i in range(0, len(flat), count)]
+
+
+@torch.library.custom_op("mmd2v::expert_mlp", mutates_args=())
+def _forward(
+    x_TD: torch.Tensor,
+    index_R: torch.Tensor | None,
+    row_scale_T: torch.Tensor | None,
+    flat: Sequence[torch.Tensor],
+    stops: Sequence[int],
+    scaled: bool,
+    eps: float,
+    products: torch.dtype,
+    keep: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return the rows [T, D], h [R, F] (empty unless ``keep``), mean and rstd [R]."""
+    experts, rows, tiles = _experts(flat, scaled), _ranges(stops), TILES
+    total, (hidden, width), device = stops[-1], experts[0][2].shape, x_TD.device
+    wide = torch.promote_types(x_TD.dtype, experts[0][5].dtype)
+    out_TD = torch.empty(x_TD.shape, dtype=wide, device=device) if index_R is None else x_TD.to(wide, copy=True)
+    h_RF = torch.empty(total if keep else 0, hidden, dtype=products, device=device)
+    mean_R, rstd_R = (torch.empty(total, dtype=torch.float32, device=device) for _ in range(2))
+    if total == 0:
+        return out_TD, h_RF, mean_R, rstd_R
+    x_TD = x_TD.contiguous()
+    normed_RD = torch.empty(total, width, dtype=products, device=device)
+    _normalise(x_TD, index_R, experts, stops, eps, normed_RD, mean_R, rstd_R)
+    g_RF = torch.empty(total, hidden, dtype=products, device=device)
+    fc1, fc2 = ([e[place].to(products).contiguous() for e in experts] for place in (2, 4))
+    _product(GELU, normed_RD, fc1, rows, g_RF, tiles, biases=[e[3] for e in experts], h_RN=h_RF if keep else None)
+    _product(
+        RESIDUAL,
+        g_RF,
+        fc2,
+        rows,
+        out_TD,
+        tiles,
+        biases=[e[5] for e in experts],
+        scales=[e[6] for e in experts] if scaled else (),
+        x=x_TD,
+        index_R=index_R,
+        row_scale_T=row_scale_T,
+    )
+    return out_TD, h_RF, mean_R, rstd_R
+
+
+@_forward.register_fake
+def _(x_TD, index_R, row_scale_T, flat, stops, scaled, eps, products, keep):
+    def new(*shape, dtype):
+        return torch.empty(shape, dtype=dtype, device=x_TD.device)
+
+    out_TD = new(*x_TD.shape, dtype=torch.promote_types(x_TD.dtype, flat[5].dtype))
+    h_RF = new(stops[-1] if keep else 0, flat[2].shape[0], dtype=products)
+    return out_TD, h_RF, new(stops[-1], dtype=torch.float32), new(stops[-1], dtype=torch.float32)
+
+
+def _ranges(stops: Sequence[int]) -> list[tuple[int, int]]:
+    return list(zip([0, *stops[:-1]], stops, strict=True))
+
+
+def _normalise(
+    x_TD: torch.Tensor,
+    index_R: torch.Tensor | None,
+    experts: list[list[torch.Tensor]],
+    stops: Sequence[int],
+    eps: float,
+    normed_RD: torch.Tensor,
+    mean_R: torch.Tensor,
+    rstd_R: torch.Tensor,
+) -> None:
+    width = x_TD.shape[1]
+    _norm_kernel[(len(normed_RD),)](
+        x_TD,
+        x_TD if index_R is None else index_R,
+        _addresses([e[0] for e in experts] + [e[1] for e in experts]),
+        experts[0][0],
+        _on_device(list(stops), torch.int32, x_TD.device),
+        normed_RD,
+        mean_R,
+        rstd_R,
+        len(experts),
+        width,
+        eps,
+        HAS_INDEX=index_R is not None,
+        BLOCK=triton.next_power_of_2(width),
+        num_warps=_NORM_WARPS,
+    )
+
+
+@torch.library.custom_op("mmd2v::expert_mlp_backward", mutates_args=())
+def _backward(
+    dout_TD: torch.Tensor,
+    x_TD: torch.Tensor,
+    index_R: torch.Tensor | None,
+    row_scale_T: torch.Tensor | None,
+    flat: Sequence[torch.Tensor],
+    stops: Sequence[int],
+    scaled: bool,
+    eps: float,
+    h_RF: torch.Tensor,
+    mean_R: torch.Tensor,
+    rstd_R: torch.Tensor,
+) -> list[torch.Tensor]:
+    """Return the gradient of ``x`` and those of ``flat``."""
+    experts, rows, tiles = _experts(flat, scaled), _ranges(stops), TILES
+    total, width, products, device = stops[-1], x_TD.shape[1], h_RF.dtype, x_TD.device
+    dx_TD = torch.empty_like(x_TD) if index_R is None else dout_TD.to(x_TD.dtype, copy=True)
+    if total == 0:
+        return [dx_TD, *(torch.zeros_like(t) for t in flat)]
+    x_TD, dout_TD = x_TD.contiguous(), dout_TD.contiguous()
+    u_RD = dout_TD if index_R is None else dout_TD[index_R]  # the branch's gradient before the layer scale
+    if row_scale_T is not None:
+        u_RD = u_RD * (row_scale_T if index_R is None else row_scale_T[index_R])[:, None]
+    sum_u = [u_RD[start:stop].sum(dim=0, dtype=torch.float32) for start, stop in rows]
+    u_RD = u_RD.to(products).contiguous()
+    fc1, fc2 = ([e[place].to(products).contiguous() for e in experts] for place in (2, 4))
+    if scaled:
+        fc2 = [(e[4] * e[6][:, None]).to(products) for e in experts]
+    g_RF, dh_RF = torch.empty_like(h_RF), torch.empty_like(h_RF)
+    sums_PF = _product(GELU_GRADIENT, u_RD, fc2, rows, dh_RF, tiles, transposed=True, h_RN=h_RF, x=g_RF)
+    db1 = _per_expert(sums_PF, _cut(rows, tiles.rows), len(rows))
+    dw2 = _weight_gradient(u_RD, g_RF, rows, tiles)
+    del g_RF, u_RD
+    normed_RD = torch.empty(total, width, dtype=products, device=device)
+    _normalise(x_TD, index_R, experts, stops, eps, normed_RD, torch.empty_like(mean_R), torch.empty_like(rstd_R))
+    dw1 = _weight_gradient(dh_RF, normed_RD, rows, tiles)
+    dnormed_RD = normed_RD  # in the place of what is not needed any more
+    _product(PLAIN, dh_RF, fc1, rows, dnormed_RD, tiles, transposed=True)
+    cut = _cut(rows, tiles.norm)
+    dweight_PD, dbias_PD = (torch.empty(len(cut), width, dtype=torch.float32, device=device) for _ in range(2))
+    _norm_backward_kernel[(len(cut),)](
+        dnormed_RD,
+        x_TD,
+        dout_TD,
+        x_TD if index_R is None else index_R,
+        _on_device(cut, torch.int32, device),
+        _addresses([e[0] for e in experts]),
+        experts[0][0],
+        mean_R,
+        rstd_R,
+        dx_TD,
+        dweight_PD,
+        dbias_PD,
+        width,
+        HAS_INDEX=index_R is not None,
+        BLOCK=triton.next_power_of_2(width),
+        num_warps=_NORM_WARPS,
+    )
+    dnorm_weight, dnorm_bias = (_per_expert(p, cut, len(rows)) for p in (dweight_PD, dbias_PD))
+    found = [dx_TD]
+    for i, e in enumerate(experts):
+        gradients = [dnorm_weight[i], dnorm_bias[i], dw1[i], db1[i], dw2[i], sum_u[i]]
+        if scaled:
+            # fc2's output is not kept: its product with u is read off the weight's gradient.
+            gradients.append((dw2[i] * e[4]).sum(dim=1) + sum_u[i] * e[5])
+            gradients[4:6] = dw2[i] * e[6][:, None], sum_u[i] * e[6]
+        found += [gradient.to(t.dtype) for gradient, t in zip(gradients, e, strict=True)]
+    return found
+
+
+@_backward.register_fake
+def _(dout_TD, x_TD, index_R, row_scale_T, flat, stops, scaled, eps, h_RF, mean_R, rstd_R):
+    return [torch.empty_like(x_TD), *(torch.empty_like(t) for t in flat)]
+
+
+def _set_up(ctx: Any, inputs: tuple, output: tuple) -> None:
+    x_TD, index_R, row_scale_T, flat, stops, scaled, eps, _, _ = inputs
+    ctx.call = (stops, scaled, eps)
+    ctx.tensors = len(flat)
+    ctx.save_for_backward(x_TD, index_R, row_scale_T, *output[1:], *flat)
+
+
+def _differentiate(ctx: Any, dout_TD: torch.Tensor, *_: torch.Tensor) -> tuple:
+    x_TD, index_R, row_scale_T, h_RF, mean_R, rstd_R, *flat = ctx.saved_tensors
+    dx_TD, *dflat = _backward(dout_TD, x_TD, index_R, row_scale_T, flat, *ctx.call, h_RF, mean_R, rstd_R)
+    return dx_TD, None, None, dflat, None, None, None, None, None
+
+
+_forward.register_autograd(_differentiate, setup_context=_set_up)
+
+
+def triton_expert_mlp(
+    x_TD: torch.Tensor,
+    experts: Sequence[Expert],
+    rows: Sequence[tuple[int, int]],
+    *,
+    row_scale_T: torch.Tensor | None,
+    index_R: torch.Tensor | None,
+    products: torch.dtype,
+) -> torch.Tensor:
+    """Do what `expert_mlp` says with ``norm="pre"``, without dropout, inner norm and branch.
+
+    ``products`` is the dtype of the operands of matrix products.
+    """
+    scaled = experts[0].layer_scale is not None
+    flat = [t.contiguous() for expert in experts for t in expert[: 7 if scaled else 6]]
+    keep = torch.is_grad_enabled() and any(t.requires_grad for t in (x_TD, *flat))
+    stops = [stop for _, stop in rows]
+    if row_scale_T is not None:
+        row_scale_T = row_scale_T.contiguous()
+    return _forward(x_TD, index_R, row_scale_T, flat, stops, scaled, experts[0].eps, products, keep)[0]
+
+
+def configurations() -> list[Configuration]:
+    """Return the forms for bf16, width 768 and hidden width 3072."""
+    rows, tiles = f"*{TRITON_NAMES['bfloat16']}", TILES
+    found = []
+    arguments = {"a_ptr": rows, "tiles_ptr": "*i32", "weights_ptr": "*i64", "biases_ptr": "*i64", "scales_ptr": "*i64"}
+    arguments |= dict.fromkeys(["vector_ptr", "h_ptr", "out_ptr", "x_ptr"], rows)
+    arguments |= {"index_ptr": "*i64", "row_scale_ptr": rows, "sums_ptr": "*fp32", "columns": "i32", "depth": "i32"}
+    flags = ["TRANSPOSED", "EPILOGUE", "HAS_INDEX", "HAS_SCALE", "HAS_ROW_SCALE", "KEEP", "WHOLE", "PRECISION"]
+    arguments |= dict.fromkeys([*flags, "ROWS", "COLUMNS", "DEPTH"], "constexpr")
+    sizes = {"ROWS": tiles.rows, "COLUMNS": tiles.columns, "DEPTH": tiles.depth}
+    for name, values in {
+        "fc1": (False, GELU, False, False, False, True, True, "tf32"),
+        "fc2": (False, RESIDUAL, True, True, True, False, True, "tf32"),
+        "dgrad2": (True, GELU_GRADIENT, False, False, False, True, True, "tf32"),
+        "dgrad1": (True, PLAIN, False, False, False, False, True, "tf32"),
+    }.items():
+        constants = dict(zip(flags, values, strict=True)) | sizes
+        if name == "dgrad2":
+            constants["COLUMNS"] = tiles.gradient_columns
+        found.append(
+            Configuration(
+                f"expert_mlp/{name}",
+                _product_kernel,
+                arguments,
+                constants,
+                tiles.warps,
+                tiles.stages,
+                tensor_cores=True,
+                aligned=("columns", "depth"),
+            )
+        )
+    wgrad = {"left_ptr": rows, "right_ptr": rows, "chunks_ptr": "*i32", "partial_ptr": "*fp32", "height": "i32"}
+    wgrad |= {"columns": "i32"} | dict.fromkeys(["WHOLE", "PRECISION", "HEIGHT", "COLUMNS", "DEPTH"], "constexpr")
+    constants = {"WHOLE": True, "PRECISION": "tf32"}
+    constants |= dict(zip(("HEIGHT", "COLUMNS", "DEPTH"), tiles.wgrad, strict=True))
+    found.append(
+        Configuration(
+            "expert_mlp/wgrad",
+            _weight_gradient_kernel,
+            wgrad,
+            constants,
+            tiles.warps,
+            tiles.stages,
+            tensor_cores=True,
+            aligned=("height", "columns"),
+        )
+    )
+    norm = {"x_ptr": rows, "index_ptr": "*i64", "weights_ptr": "*i64", "vector_ptr": rows, "stops_ptr": "*i32"}
+    norm |= {"normed_ptr": rows, "mean_ptr": "*fp32", "rstd_ptr": "*fp32", "experts": "i32", "width": "i32"}
+    norm |= {"eps": "fp32", "HAS_INDEX": "constexpr", "BLOCK": "constexpr"}
+    last = {"dnormed_ptr": rows, "x_ptr": rows, "dout_ptr": rows, "index_ptr": "*i64", "tiles_ptr": "*i32"}
+    last |= {"weights_ptr": "*i64", "vector_ptr": rows, "mean_ptr": "*fp32", "rstd_ptr": "*fp32", "dx_ptr": rows}
+    last |= {"dweight_ptr": "*fp32", "dbias_ptr": "*fp32", "width": "i32"}
+    last |= {"HAS_INDEX": "constexpr", "BLOCK": "constexpr"}
+    for name, kernel, signature in (("norm", _norm_kernel, norm), ("norm_backward", _norm_backward_kernel, last)):
+        constants = {"HAS_INDEX": True, "BLOCK": 1024}
+        found.append(Configuration(f"expert_mlp/{name}", kernel, signature, constants, _NORM_WARPS, aligned=("width",)))
+    return found

@@ -1,0 +1,45 @@
+"""What was measured to be the fastest path of an operator, by device.
+
+`benchmarks/kernels` writes the rows; nothing is entered here that was not measured. Without a row for a device the
+kernels of this package are not chosen on it.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+__all__ = ["MEASURED", "Measurement", "fastest"]
+
+
+class Measurement(NamedTuple):
+    """The fastest path of an operator, or of one part of it, on one kind of device."""
+
+    operator: str
+    """Such as "distill_target", or "expert_mlp/wgrad" for a part."""
+    device: str
+    """As the driver names it."""
+    dtype: torch.dtype
+    from_rows: int
+    """Holds from this many rows on, up to the next entry."""
+    path: str
+
+
+MEASURED: tuple[Measurement, ...] = ()
+
+
+def fastest(
+    operator: str, device: str, dtype: torch.dtype, rows: int | None, table: tuple[Measurement, ...] = MEASURED
+) -> str | None:
+    """Return the path measured to be the fastest, None where nothing was measured.
+
+    ``rows`` None asks for the entry of the most rows.
+    """
+    found = [
+        entry
+        for entry in table
+        if (entry.operator, entry.device, entry.dtype) == (operator, device, dtype)
+        and (rows is None or entry.from_rows <= rows)
+    ]
+    return max(found, key=lambda entry: entry.from_rows).path if found else None

@@ -6,6 +6,7 @@ Works alone and under the launchers that `launchers` knows.
 from __future__ import annotations
 
 import os
+import warnings
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Literal
@@ -66,6 +67,8 @@ def initialize(device: Literal["auto", "cpu", "cuda"] = "auto") -> World:
         kind = choose_device(device)
     except UserError as error:
         raise told_once_a_node(error) from None
+    # DeepSpeed calls it at every gather of weights, and torch says so every time; there is nothing to be done about it.
+    warnings.filterwarnings("ignore", r".*all_gather_into_tensor", FutureWarning)
     place = find_place(os.environ)
     if needs_meeting(place):
         place = meet_by_mpi(place)

@@ -26,8 +26,9 @@ $(READY): setup.py VERSION
 demo: $(READY)
 	PATH="$(abspath $(BIN)):$$PATH" launch/demo.sh
 
+# A file at a time on each of two processes: most tests wait for processes of their own.
 test: $(READY)
-	$(BIN)/python -m pytest -m "not slow and not gpu"
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not gpu"
 
 test-slow: $(READY)
 	$(BIN)/python -m pytest -m slow

@@ -15,6 +15,7 @@ from text_runs import make_text_data, sentences, write_text_config
 import mmd2v
 from mmd2v.data.tokenizers import train_tokenizer
 from mmd2v.export import export
+from mmd2v.train.checkpoints.folders import complete_checkpoints
 from mmd2v.train.metrics import read_metrics
 
 STEPS = 30
@@ -110,7 +111,11 @@ def test_a_killed_run_goes_on_as_if_it_had_not_been_killed(whole, config):
     )
     metrics, deadline = run_dir / "metrics.jsonl", time.monotonic() + 200
     try:
-        while not (metrics.exists() and max((r["step"] for r in read_metrics(metrics)), default=0) > EVERY):
+        while not (
+            metrics.exists()
+            and max((r["step"] for r in read_metrics(metrics)), default=0) > EVERY
+            and complete_checkpoints(run_dir / "checkpoints")
+        ):
             assert process.poll() is None and time.monotonic() < deadline
             time.sleep(0.002)
     finally:

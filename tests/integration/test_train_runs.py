@@ -201,7 +201,7 @@ def _misadventures(base: str) -> dict[str, str]:
     attempt("other heads", "--model.heads", "2", "--model.layers.0.norm", "post", resume="auto")
     attempt("other stream", "--seed", "4", "--data.train.limit", "40", "--data.tokenizer.max_length", "20",
             resume="auto")  # fmt: skip
-    attempt("other stage", "--engine.zero_stage", "2", resume="auto")
+    attempt("other stage", "--engine.zero_stage", "3", resume="auto")
     attempt("fp16", *steps, "--run_dir", str(runs / "fp16"), "--engine.precision", "fp16")
     attempt("batch", *steps, "--run_dir", str(runs / "batch"), "--engine.micro_batch_size", "3")
     attempt("no data", "--run_dir", str(runs / "data"), "--data.train.shards", str(runs / "absent"))
@@ -251,7 +251,7 @@ def test_checkpoint_of_another_architecture(said):
     assert 'model.layers.1.kind: checkpoint "shared", this run "mome"' in text
     assert "model.heads: checkpoint 4, this run 2" in said["other heads"]
     assert 'model.layers.0.norm: checkpoint "pre", this run "post"' in said["other heads"]
-    assert "engine.zero_stage: checkpoint 1, this run 2" in said["other stage"]
+    assert "engine.zero_stage: checkpoint 1, this run 3" in said["other stage"]
 
 
 def test_checkpoint_of_another_stream_of_samples(said):

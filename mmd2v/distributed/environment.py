@@ -6,6 +6,7 @@ Works alone and under the launchers that `launchers` knows.
 from __future__ import annotations
 
 import os
+import sys
 import warnings
 from dataclasses import dataclass
 from datetime import timedelta
@@ -106,7 +107,13 @@ def _join(backend: str, rank: int, size: int, target: torch.device) -> None:
 
 def shutdown() -> None:
     """Leave the process group."""
-    if dist.is_initialized():
+    if not dist.is_initialized():
+        return
+    deepspeed = sys.modules.get("deepspeed.comm")
+    if deepspeed is not None and deepspeed.is_initialized():
+        # It keeps groups of its own, with which a later run in this process could not begin.
+        deepspeed.destroy_process_group()
+    else:
         dist.destroy_process_group()
 
 

@@ -96,7 +96,8 @@ def _train(data: Path, folder: Path) -> dict[str, list[dict]]:
             engine__zero_stage=stage,
             engine__zero3_persistence_threshold=0,
             data__captions_per_image=2,
-            optimizer__lr=5e-4,
+            # Adam makes whole steps of gradients that are rounding alone: small ones, so that the bound tells of us.
+            optimizer__lr=1e-4,
         )
         train(config)
         found[f"{name}-{stage}"] = _losses(config)
@@ -174,7 +175,7 @@ def test_two_ranks_have_the_losses_of_one(alone, pair, name, stage):
     one, two = alone[f"{name}-{stage}"], pair[0][0][f"{name}-{stage}"]
     assert len(one) == len(two) == STEPS
     for expected, found in zip(one, two, strict=True):
-        assert found == pytest.approx(expected, abs=1e-6, rel=5e-6)  # 2.5e-6 apart without AVX-512
+        assert found == pytest.approx(expected, abs=1e-6, rel=1e-6)
 
 
 @pytest.mark.parametrize("case", range(len(RESUMED)), ids=[f"stage{s}-{p}" for s, p in RESUMED])

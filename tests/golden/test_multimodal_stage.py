@@ -1,5 +1,7 @@
 """The multimodal stage against the original: forward, loss, gradients and five steps of AdamW."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from originals import (
@@ -164,14 +166,22 @@ def test_loss_gradients_and_five_steps_equal_the_original(setup):
         torch.testing.assert_close(found.detach(), golden[key], rtol=1e-5, atol=1e-6)
 
 
+def test_norm_of_every_gradient_is_that_of_the_original(setup):
+    """In float64: in fp32 the order in which a processor sums is as large as the bound."""
+    batch = replace(setup.batch, images=setup.batch.images.double())
+    targets = {name: replace(one, cls_BD=one.cls_BD.double()) for name, one in setup.targets.items()}
+    setup.parts.module.double()(batch, targets)["loss"].backward()
+    parameters = dict(setup.parts.student.named_parameters())
+    for name, norm in setup.golden.about["grad_norms"].items():
+        assert float(parameters[ours_of(name, setup.separate)].grad.norm()) == pytest.approx(norm, rel=1e-6), name
+
+
 def compare_gradients(setup) -> None:
     parameters = dict(setup.parts.student.named_parameters())
     about = setup.golden.about
-    for name, norm in about["grad_norms"].items():
-        gradient = parameters[ours_of(name, setup.separate)].grad
-        # Sums of fp32 in another order, which a processor without AVX-512 takes, are 1.2e-6 apart.
-        assert float(gradient.norm()) == pytest.approx(norm, rel=3e-6), name
+    for name in about["grad_norms"]:
         if f"grad/{name}" in setup.golden.tensors:
+            gradient = parameters[ours_of(name, setup.separate)].grad
             torch.testing.assert_close(gradient, setup.golden[f"grad/{name}"], rtol=1e-4, atol=1e-6)
     trained = [p.grad for p in parameters.values() if p.grad is not None]
     total = torch.stack([g.norm() for g in trained]).norm()

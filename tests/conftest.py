@@ -1,6 +1,8 @@
 """Fixtures every test may use."""
 
 import os
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -23,6 +25,17 @@ def shared() -> Path:
     if not folder:
         pytest.skip("MMD2V_SHARED is unset: no real data to test with")
     return Path(folder) / "data"
+
+
+@pytest.fixture(autouse=True)
+def _alone() -> Iterator[None]:
+    """Leave the process group of a run that ended in an error, as its process would have: the next test is no rank."""
+    yield
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is not None and distributed.is_initialized():
+        from mmd2v.distributed.environment import shutdown
+
+        shutdown()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -11,6 +11,7 @@ rehearsal that runs on a CPU too and whose figures mean nothing.
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import os
 import sys
 import time
@@ -34,6 +35,7 @@ from measuring import (
 )
 
 from mmd2v_kernels import Expert, add_layer_norm, distill_loss, distill_target, expert_mlp
+from mmd2v_kernels.dispatch import OFFERS, PARTS
 
 ROUNDS = 20
 
@@ -64,16 +66,32 @@ class Problem:
                 torch.autograd.grad(out, self.inputs, self.gradient, allow_unused=True)
 
 
+LIBRARY = "triton+library"
+"""The Triton path with the library's matrix products."""
+CHOSEN = "chosen"
+"""What runs where nothing is forced."""
+
+
 @contextmanager
 def path_of(provider: str):
     """Providers named after a path force it."""
-    forced = provider if provider in ("triton", "segmented", "reference") else "reference"
-    other = "triton" if forced == "triton" else "reference"
-    os.environ["MMD2V_KERNELS"] = f"expert_mlp={forced},distill_target={other},add_layer_norm={other}"
+    os.environ["MMD2V_KERNELS"] = _forced(provider)
     try:
         yield
     finally:
         del os.environ["MMD2V_KERNELS"]
+
+
+def _forced(provider: str) -> str:
+    if provider == CHOSEN:
+        return "auto"
+    if provider not in ("triton", "segmented", LIBRARY):
+        return "reference"
+    if provider == "segmented":
+        return "expert_mlp=segmented,distill_target=reference,add_layer_norm=reference"
+    product = "triton" if provider == "triton" else "segmented"
+    parts = [f"expert_mlp/{part}={product}" for part in PARTS["expert_mlp"]]
+    return ",".join([f"{operator}=triton" for operator in OFFERS] + parts)
 
 
 def expert_problem(device: torch.device, dtype: torch.dtype, counts: Sequence[int], width: int) -> Problem:
@@ -103,11 +121,18 @@ def expert_problem(device: torch.device, dtype: torch.dtype, counts: Sequence[in
     def ours() -> torch.Tensor:
         return expert_mlp(x, experts, rows, norm="pre")
 
-    forward: dict[str, Callable[[], Any]] = {"reference": ours, "segmented": ours}
+    forward: dict[str, Callable[[], Any]] = {"reference": ours, "segmented": ours, CHOSEN: ours}
     if triton_runs(device, dtype):
-        forward["triton"] = ours
+        forward["triton"] = forward[LIBRARY] = ours
+    peers: list[torch.Tensor] = []
+    if len(counts) == 2 and importlib.util.find_spec("torchscale"):
+        from torchscale_mlp import torchscale_mlp
+
+        forward["torchscale"], peers = torchscale_mlp(x, experts, rows)
     if device.type == "cuda":
         forward["compiled"] = torch.compile(ours)
+        if "torchscale" in forward:
+            forward["torchscale compiled"] = torch.compile(forward["torchscale"])
         if hasattr(F, "grouped_mm"):
             offsets = torch.tensor(stops, dtype=torch.int32, device=device)
             forward["grouped_mm"] = lambda: grouped(x, experts, rows, offsets)
@@ -120,7 +145,7 @@ def expert_problem(device: torch.device, dtype: torch.dtype, counts: Sequence[in
     operations = 3 * 2 * 2 * total * width * hidden
     return Problem(
         "expert_mlp", "+".join(map(str, counts)) + f"x{width}x{hidden}", dtype, total, "fwd+bwd", forward, gradient,
-        [x, *tensors], exact, operations, 0.0,
+        [x, *tensors, *peers], exact, operations, 0.0,
     )  # fmt: skip
 
 
@@ -160,7 +185,7 @@ def norm_problem(device: torch.device, dtype: torch.dtype, rows: int, width: int
     def ours() -> torch.Tensor:
         return add_layer_norm(x, branch, weight, bias)[1]
 
-    forward: dict[str, Callable[[], Any]] = {"reference": ours}
+    forward: dict[str, Callable[[], Any]] = {"reference": ours, CHOSEN: ours}
     if triton_runs(device, dtype):
         forward["triton"] = ours
     if device.type == "cuda":
@@ -189,7 +214,7 @@ def distill_problem(
             return distill_loss(results, prediction, final_layer_norm=True)
         return distill_target(results, final_layer_norm=True)
 
-    forward: dict[str, Callable[[], Any]] = {"reference": ours}
+    forward: dict[str, Callable[[], Any]] = {"reference": ours, CHOSEN: ours}
     if triton_runs(device, dtype):
         forward["triton"] = ours
     if device.type == "cuda":
@@ -286,11 +311,11 @@ def problems(device: torch.device, tiny: bool) -> list[Callable[[], Problem]]:
 
 def proposal(rows: Sequence[Row], problem: Problem, device: torch.device) -> str:
     """The line of `measured` that these rows speak for."""
-    ours = [row for row in rows if row.provider in ("triton", "segmented", "reference")]
-    best = min(ours, key=lambda row: row.p50_ms)
+    ours = [row for row in rows if row.provider in ("triton", LIBRARY, "segmented", "reference")]
+    best = min(ours, key=lambda row: row.p50_ms).provider.removesuffix("+library")
     operator = "distill_target" if problem.kernel == "distill_loss" else problem.kernel
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-    return f'    Measurement("{operator}", "{name}", {problem.dtype}, {problem.rows}, "{best.provider}"),'
+    return f'    Measurement("{operator}", "{name}", {problem.dtype}, {problem.rows}, "{best}"),'
 
 
 def draw(path: Path, rows: Sequence[Row]) -> None:

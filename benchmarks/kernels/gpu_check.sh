@@ -3,9 +3,9 @@
 #
 #     benchmarks/kernels/gpu_check.sh FOLDER [PYTHON]
 #
-# FOLDER receives checks.jsonl (one line a check), resources.json, kernels.csv, kernels.svg, measured.txt and summary.txt
-# (and memory_checker.txt where compute-sanitizer is there).
-# PYTHON needs torch and Triton alone. Without a GPU it rehearses what it can: the checks in Triton's interpreter and the
+# FOLDER receives checks.jsonl (one line a check), resources.json, kernels.csv, kernels.svg, measured.txt, parts.csv,
+# parts.txt and summary.txt (and memory_checker.txt where compute-sanitizer is there).
+# PYTHON needs torch and Triton alone; torchscale is measured beside them where it is there. Without a GPU it rehearses what it can: the checks in Triton's interpreter and the
 # benchmark at sizes whose figures mean nothing. The exit status is 0 when all checks pass and the benchmark runs.
 set -uo pipefail
 root=$(cd "$(dirname "$0")/../.." && pwd)

@@ -4,7 +4,8 @@
 as few passes and saved tensors as can be. ``triton`` are the kernels of this package. All give the same result up to
 rounding. What runs is chosen by device, dtype and shape from the measurements in `measured`; where none exists, the
 fastest path that needs none. The environment variable ``MMD2V_KERNELS`` overrides the choice: ``auto``, one path for
-all operators, or a list such as ``expert_mlp=segmented,distill_target=triton``.
+all operators, or a list such as ``expert_mlp=segmented,distill_target=triton``. The matrix products of an operator
+have entries of their own (`PARTS`).
 """
 
 from __future__ import annotations
@@ -22,7 +23,18 @@ import torch
 
 from mmd2v_kernels.measured import fastest
 
-__all__ = ["ENVIRONMENT", "OFFERS", "PATHS", "Choice", "choose", "describe", "forced_path", "triton_version"]
+__all__ = [
+    "ENVIRONMENT",
+    "OFFERS",
+    "PARTS",
+    "PATHS",
+    "Choice",
+    "choose",
+    "choose_part",
+    "describe",
+    "forced_path",
+    "triton_version",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -34,6 +46,8 @@ OFFERS = {
     "add_layer_norm": ("triton", "reference"),
 }
 """Operator → its paths, the fastest first."""
+PARTS = {"expert_mlp": ("fc1", "fc2", "dgrad2", "wgrad", "dgrad1")}
+"""Operator → the matrix products of its path ``triton``: each by our kernel, or ``segmented`` by the library's."""
 
 
 class Choice(NamedTuple):
@@ -60,6 +74,19 @@ def choose(
     choice = _choose(operator, device, dtype, rows, obstacles or {})
     _log_once(operator, choice, str(dtype).removeprefix("torch."), device.type)
     return choice
+
+
+def choose_part(operator: str, part: str, device: torch.device, dtype: torch.dtype, *, rows: int) -> str:
+    """Return ``triton`` or ``segmented`` for a matrix product of an operator that runs by Triton.
+
+    Triton unless the library's product is measured to be faster, or asked for, such as by
+    ``MMD2V_KERNELS=expert_mlp/wgrad=segmented``.
+    """
+    name = f"{operator}/{part}"
+    forced = forced_path(name)
+    if forced is not None or device.type != "cuda":
+        return forced or "triton"
+    return fastest(name, torch.cuda.get_device_name(device), dtype, rows) or "triton"
 
 
 def describe(device: torch.device | str, dtype: torch.dtype = torch.float32) -> str:
@@ -106,6 +133,9 @@ def forced_path(operator: str) -> str | None:
     return _parse(os.environ.get(ENVIRONMENT, "")).get(operator)
 
 
+_PART_NAMES = tuple(f"{operator}/{part}" for operator, parts in PARTS.items() for part in parts)
+
+
 @cache
 def _parse(value: str) -> Mapping[str, str]:
     """Return operator → path; ``auto`` and nothing force none."""
@@ -117,7 +147,8 @@ def _parse(value: str) -> Mapping[str, str]:
     forced = {}
     for entry in value.split(","):
         operator, _, path = (part.strip() for part in entry.partition("="))
-        operator, path = _known(operator, tuple(OFFERS), "operator"), _known(path, (*PATHS, "auto"), "path")
+        operator = _known(operator, (*OFFERS, *_PART_NAMES), "operator")
+        path = _known(path, (*(PATHS[:2] if operator in _PART_NAMES else PATHS), "auto"), "path")
         if path != "auto":
             forced[operator] = path
     return forced

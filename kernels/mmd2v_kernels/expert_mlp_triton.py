@@ -6,6 +6,9 @@ of h, with GELU computed again and fc1's bias gradient as partial sums; 5 weight
 chunks, so that there are more pieces of work than the 72 tiles of a weight; 6 the gradient of the norm's output; 7 the
 norm backward, residual and scatter.
 
+Parts 2 to 6 are matrix products, each by the kernel of this file or by the library's on each expert's slice with one
+kernel after it for what happens to the result, as `mmd2v_kernels.dispatch` says for that part.
+
 GELU is exact to 2e-7 (Abramowitz and Stegun 7.1.26), which shares its exponential with the derivative.
 Deterministic: no atomics, partial sums are added in one order.
 
@@ -17,6 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -24,6 +28,7 @@ import triton
 import triton.language as tl
 
 from mmd2v_kernels.configuration import TRITON_NAMES, Configuration
+from mmd2v_kernels.dispatch import choose_part
 
 if TYPE_CHECKING:
     from mmd2v_kernels.expert_mlp import Expert
@@ -51,10 +56,13 @@ class Tiles:
     """Rows of a chunk of part 5, at most."""
     norm: int = 32
     """Rows of a program of part 7."""
+    norm_warps: int = 4
+    epilogue: tuple[int, int] = (32, 128)
+    """Rows and columns of a program that follows the library's product."""
+    epilogue_warps: int = 4
 
 
 TILES = Tiles()
-_NORM_WARPS = 8
 
 
 @triton.jit
@@ -243,6 +251,45 @@ def _product_kernel(
 
 
 @triton.jit
+def _epilogue_kernel(
+    raw_ptr,  # [R, N] the product; may be the memory of an output
+    tiles_ptr,  # int32 [P, 3] expert, first row, end
+    biases_ptr,  # this and what follows: see `_product_kernel`
+    scales_ptr,
+    vector_ptr,
+    h_ptr,
+    out_ptr,
+    x_ptr,
+    index_ptr,
+    row_scale_ptr,
+    sums_ptr,
+    columns,  # N
+    EPILOGUE: tl.constexpr,
+    HAS_INDEX: tl.constexpr,
+    HAS_SCALE: tl.constexpr,
+    HAS_ROW_SCALE: tl.constexpr,
+    KEEP: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    tile, block = tl.program_id(0), tl.program_id(1)
+    expert = tl.load(tiles_ptr + 3 * tile)
+    first = tl.load(tiles_ptr + 3 * tile + 1)
+    row = tl.arange(0, ROWS)
+    is_row = row < tl.load(tiles_ptr + 3 * tile + 2) - first
+    first = first.to(tl.int64)
+    column = block * COLUMNS + tl.arange(0, COLUMNS)
+    is_column = column < columns
+    at = first * columns + row[:, None] * columns + column[None, :]
+    product = tl.load(raw_ptr + at, mask=is_row[:, None] & is_column[None, :], other=0.0).to(tl.float32)
+    _write(
+        product, first, row, is_row, column, is_column, tile, expert, biases_ptr, scales_ptr, vector_ptr, h_ptr,
+        out_ptr, x_ptr, index_ptr, row_scale_ptr, sums_ptr, columns, EPILOGUE, HAS_INDEX, HAS_SCALE, HAS_ROW_SCALE,
+        KEEP,
+    )  # fmt: skip
+
+
+@triton.jit
 def _weight_gradient_kernel(
     left_ptr,  # [R, M] gradient of the product
     right_ptr,  # [R, N] what was multiplied
@@ -326,10 +373,19 @@ def _norm_backward_kernel(
     tl.store(dbias_ptr + tile * width + column, dbias, mask=inside)
 
 
-def _on_device(values: list, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """Copy host integers to the device without waiting for it."""
-    host = torch.tensor(values, dtype=dtype)
-    return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host
+def _on_device(values: Sequence, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Copy host integers to the device without waiting for it; the same ones again cost nothing.
+
+    On another stream they are copied again: nothing says that the first copy is done there.
+    """
+    if device.type != "cuda":
+        return torch.tensor(values, dtype=dtype)
+    return _copied(tuple(values), dtype, device, torch.cuda.current_stream(device).cuda_stream)
+
+
+@lru_cache(maxsize=1024)
+def _copied(values: tuple, dtype: torch.dtype, device: torch.device, stream: int) -> torch.Tensor:
+    return torch.tensor(values, dtype=dtype).pin_memory().to(device, non_blocking=True)
 
 
 def _addresses(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -350,6 +406,10 @@ def _precision(dtype: torch.dtype) -> str:
     return "ieee" if dtype == torch.float32 else "tf32"
 
 
+_PARTS = {GELU: "fc1", RESIDUAL: "fc2", GELU_GRADIENT: "dgrad2", PLAIN: "dgrad1"}
+"""Epilogue → the part that ends with it, as `mmd2v_kernels.measured` names it."""
+
+
 def _product(
     epilogue: int,
     a_RK: torch.Tensor,
@@ -365,19 +425,31 @@ def _product(
     x: torch.Tensor | None = None,
     index_R: torch.Tensor | None = None,
     row_scale_T: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """Multiply each expert's rows with its weight; return the column sums of the tiles, fp32 [P, N] (or nothing)."""
+) -> list[torch.Tensor]:
+    """Multiply each expert's rows with its weight; return each one's sums of columns, fp32 [N] (or nothing)."""
     device, depth = a_RK.device, a_RK.shape[1]
     columns = weights[0].shape[1] if transposed else weights[0].shape[0]
-    wide = tiles.gradient_columns if epilogue == GELU_GRADIENT else tiles.columns
-    cut = _cut(rows, tiles.rows)
+    by_library = choose_part("expert_mlp", _PARTS[epilogue], device, a_RK.dtype, rows=len(a_RK)) == "segmented"
+    raw = None
+    if by_library:
+        # Into the memory of a result where one has its shape: each program reads its piece before it writes it.
+        if epilogue == RESIDUAL:
+            raw = torch.empty(len(a_RK), columns, dtype=a_RK.dtype, device=device)
+        else:
+            raw = h_RN if epilogue == GELU and h_RN is not None else out
+        for weight, (start, stop) in zip(weights, rows, strict=True):
+            if start < stop:
+                torch.mm(a_RK[start:stop], weight if transposed else weight.t(), out=raw[start:stop])
+        if epilogue == PLAIN:
+            return []
+        height, wide = tiles.epilogue
+    else:
+        height, wide = tiles.rows, tiles.gradient_columns if epilogue == GELU_GRADIENT else tiles.columns
+    cut = _cut(rows, height)
     sums_PN = torch.empty(len(cut) if epilogue == GELU_GRADIENT else 0, columns, dtype=torch.float32, device=device)
     vectors = [*biases, *scales] or [a_RK]
     nothing = a_RK
-    _product_kernel[(len(cut) * triton.cdiv(columns, wide),)](
-        a_RK,
-        _on_device(cut, torch.int32, device),
-        _addresses(weights),
+    where = (
         _addresses(biases) if biases else nothing,
         _addresses(scales) if scales else nothing,
         vectors[0],
@@ -388,22 +460,37 @@ def _product(
         nothing if row_scale_T is None else row_scale_T,
         sums_PN if epilogue == GELU_GRADIENT else nothing,
         columns,
-        depth,
-        TRANSPOSED=transposed,
-        EPILOGUE=epilogue,
-        HAS_INDEX=index_R is not None,
-        HAS_SCALE=bool(scales),
-        HAS_ROW_SCALE=row_scale_T is not None,
-        KEEP=h_RN is not None,
-        WHOLE=columns % wide == 0 and depth % tiles.depth == 0,
-        PRECISION=_precision(a_RK.dtype),
-        ROWS=tiles.rows,
-        COLUMNS=wide,
-        DEPTH=tiles.depth,
-        num_warps=tiles.warps,
-        num_stages=tiles.stages,
     )
-    return sums_PN
+    how = {
+        "EPILOGUE": epilogue,
+        "HAS_INDEX": index_R is not None,
+        "HAS_SCALE": bool(scales),
+        "HAS_ROW_SCALE": row_scale_T is not None,
+        "KEEP": h_RN is not None,
+        "ROWS": height,
+        "COLUMNS": wide,
+    }
+    pieces = _on_device(cut, torch.int32, device)
+    if raw is not None:
+        _epilogue_kernel[(len(cut), triton.cdiv(columns, wide))](
+            raw, pieces, *where, **how, num_warps=tiles.epilogue_warps
+        )
+    else:
+        _product_kernel[(len(cut) * triton.cdiv(columns, wide),)](
+            a_RK,
+            pieces,
+            _addresses(weights),
+            *where,
+            depth,
+            **how,
+            TRANSPOSED=transposed,
+            WHOLE=columns % wide == 0 and depth % tiles.depth == 0,
+            PRECISION=_precision(a_RK.dtype),
+            DEPTH=tiles.depth,
+            num_warps=tiles.warps,
+            num_stages=tiles.stages,
+        )
+    return _per_expert(sums_PN, cut, len(rows)) if epilogue == GELU_GRADIENT else []
 
 
 def _per_expert(partial_PX: torch.Tensor, cut: list[tuple[int, int, int]], experts: int) -> list[torch.Tensor]:
@@ -417,6 +504,8 @@ def _weight_gradient(
 ) -> list[torch.Tensor]:
     """Return leftᵀ right of each expert's rows, fp32 [M, N]."""
     height, columns = left_RM.shape[1], right_RN.shape[1]
+    if choose_part("expert_mlp", "wgrad", left_RM.device, left_RM.dtype, rows=len(left_RM)) == "segmented":
+        return [_product_in_fp32(left_RM[start:stop].t(), right_RN[start:stop]) for start, stop in rows]
     cut = _cut(rows, tiles.chunk)
     partial = torch.empty(len(cut), height, columns, dtype=torch.float32, device=left_RM.device)
     m, n, depth = tiles.wgrad
@@ -436,6 +525,15 @@ def _weight_gradient(
         num_stages=tiles.stages,
     )
     return _per_expert(partial, cut, len(rows))
+
+
+def _product_in_fp32(left_MR: torch.Tensor, right_RN: torch.Tensor) -> torch.Tensor:
+    """Return the product, fp32 [M, N], without rounding it on the way."""
+    if left_MR.dtype == torch.float32:
+        return left_MR @ right_RN
+    if left_MR.device.type == "cuda":
+        return torch.mm(left_MR, right_RN, out_dtype=torch.float32)
+    return left_MR.float() @ right_RN.float()
 
 
 def _experts(flat: Sequence[torch.Tensor], scaled: bool) -> list[list[torch.Tensor]]:
@@ -525,7 +623,7 @@ def _normalise(
         eps,
         HAS_INDEX=index_R is not None,
         BLOCK=triton.next_power_of_2(width),
-        num_warps=_NORM_WARPS,
+        num_warps=TILES.norm_warps,
     )
 
 
@@ -559,8 +657,7 @@ def _backward(
     if scaled:
         fc2 = [(e[4] * e[6][:, None]).to(products) for e in experts]
     g_RF, dh_RF = torch.empty_like(h_RF), torch.empty_like(h_RF)
-    sums_PF = _product(GELU_GRADIENT, u_RD, fc2, rows, dh_RF, tiles, transposed=True, h_RN=h_RF, x=g_RF)
-    db1 = _per_expert(sums_PF, _cut(rows, tiles.rows), len(rows))
+    db1 = _product(GELU_GRADIENT, u_RD, fc2, rows, dh_RF, tiles, transposed=True, h_RN=h_RF, x=g_RF)
     dw2 = _weight_gradient(u_RD, g_RF, rows, tiles)
     del g_RF, u_RD
     normed_RD = torch.empty(total, width, dtype=products, device=device)
@@ -586,7 +683,7 @@ def _backward(
         width,
         HAS_INDEX=index_R is not None,
         BLOCK=triton.next_power_of_2(width),
-        num_warps=_NORM_WARPS,
+        num_warps=TILES.norm_warps,
     )
     dnorm_weight, dnorm_bias = (_per_expert(p, cut, len(rows)) for p in (dweight_PD, dbias_PD))
     found = [dx_TD]
@@ -674,6 +771,19 @@ def configurations() -> list[Configuration]:
                 aligned=("columns", "depth"),
             )
         )
+    after = {"raw_ptr": rows, "tiles_ptr": "*i32"}
+    after |= {n: kind for n, kind in arguments.items() if n.endswith("_ptr")} | {"columns": "i32"}
+    for name in ("a_ptr", "weights_ptr"):
+        del after[name]
+    unused = ("TRANSPOSED", "WHOLE", "PRECISION", "DEPTH")
+    after |= {n: kind for n, kind in arguments.items() if kind == "constexpr" and n not in unused}
+    for one in found[:3]:
+        constants = {n: value for n, value in one.constants.items() if n not in unused}
+        constants |= dict(zip(("ROWS", "COLUMNS"), tiles.epilogue, strict=True))
+        name = f"{one.name}_epilogue"
+        found.append(
+            Configuration(name, _epilogue_kernel, after, constants, tiles.epilogue_warps, aligned=("columns",))
+        )
     wgrad = {"left_ptr": rows, "right_ptr": rows, "chunks_ptr": "*i32", "partial_ptr": "*fp32", "height": "i32"}
     wgrad |= {"columns": "i32"} | dict.fromkeys(["WHOLE", "PRECISION", "HEIGHT", "COLUMNS", "DEPTH"], "constexpr")
     constants = {"WHOLE": True, "PRECISION": "tf32"}
@@ -699,5 +809,7 @@ def configurations() -> list[Configuration]:
     last |= {"HAS_INDEX": "constexpr", "BLOCK": "constexpr"}
     for name, kernel, signature in (("norm", _norm_kernel, norm), ("norm_backward", _norm_backward_kernel, last)):
         constants = {"HAS_INDEX": True, "BLOCK": 1024}
-        found.append(Configuration(f"expert_mlp/{name}", kernel, signature, constants, _NORM_WARPS, aligned=("width",)))
+        found.append(
+            Configuration(f"expert_mlp/{name}", kernel, signature, constants, tiles.norm_warps, aligned=("width",))
+        )
     return found

@@ -16,12 +16,14 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from expert_samples import assert_as_good, in_dtype, make_expert, tensors_of
 
 from mmd2v_kernels import Expert, add_layer_norm, distill_loss, distill_target, expert_mlp, route
+from mmd2v_kernels.dispatch import OFFERS, PARTS
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = torch.device("cpu" if INTERPRETED else "cuda")
@@ -29,6 +31,13 @@ DTYPES = {"float32": torch.float32, "float16": torch.float16} | ({} if INTERPRET
 NAMES = ("float32", "float16", "bfloat16")
 
 Check = Callable[[torch.dtype], None]
+
+
+OUR_PRODUCTS, LIBRARY_PRODUCTS = (
+    ",".join([f"{name}=triton" for name in OFFERS] + [f"expert_mlp/{part}={path}" for part in PARTS["expert_mlp"]])
+    for path in ("triton", "segmented")
+)
+"""Everything by Triton, or the matrix products of the MLP by the library."""
 
 
 def by_path(path: str, call: Callable[[], dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
@@ -39,11 +48,11 @@ def by_path(path: str, call: Callable[[], dict[str, torch.Tensor]]) -> dict[str,
         del os.environ["MMD2V_KERNELS"]
 
 
-def compare(run: Callable[[torch.dtype], dict[str, torch.Tensor]], dtype: torch.dtype) -> None:
+def compare(run: Callable[[torch.dtype], dict[str, torch.Tensor]], dtype: torch.dtype, by: str = OUR_PRODUCTS) -> None:
     """``run`` rounds its inputs to ``dtype`` first, whatever it computes in."""
     exact = by_path("reference", lambda: run(torch.float64))
     plain = by_path("reference", lambda: run(dtype))
-    assert_as_good(by_path("triton", lambda: run(dtype)), plain, exact)
+    assert_as_good(by_path(by, lambda: run(dtype)), plain, exact)
 
 
 def rounded(*shape: int, to: torch.dtype, scale: float = 1.0) -> torch.Tensor:
@@ -157,6 +166,7 @@ def check_expert_mlp(
     interleaved: bool = False,
     dropped: bool = False,
     autocast: bool = False,
+    by: str = OUR_PRODUCTS,
 ) -> Check:
     def check(dtype: torch.dtype) -> None:
         total = sum(counts)
@@ -181,7 +191,7 @@ def check_expert_mlp(
             return {"out": out.detach()} | {f"gradient{i}": gradient for i, gradient in enumerate(gradients)}
 
         with small_tiles():
-            compare(run, dtype)
+            compare(run, dtype, by)
 
     return check
 
@@ -194,7 +204,14 @@ def small_tiles() -> Iterator[None]:
     shipped = expert_mlp_triton.TILES
     if INTERPRETED:
         expert_mlp_triton.TILES = expert_mlp_triton.Tiles(
-            rows=32, columns=32, gradient_columns=16, depth=16, wgrad=(16, 32, 16), chunk=40, norm=16
+            rows=32,
+            columns=32,
+            gradient_columns=16,
+            depth=16,
+            wgrad=(16, 32, 16),
+            chunk=40,
+            norm=16,
+            epilogue=(16, 32),
         )
     try:
         yield
@@ -202,7 +219,7 @@ def small_tiles() -> Iterator[None]:
         expert_mlp_triton.TILES = shipped
 
 
-def check_the_same_every_time(dtype: torch.dtype) -> None:
+def check_the_same_every_time(dtype: torch.dtype, by: str = OUR_PRODUCTS) -> None:
     """To the last bit: a race would show sooner or later."""
     rows = 20 if INTERPRETED else 3000
     experts = on_device([make_expert(24, 40) for _ in range(2)], dtype)
@@ -214,9 +231,9 @@ def check_the_same_every_time(dtype: torch.dtype) -> None:
         return dict(enumerate([out.detach(), *gradients]))
 
     with small_tiles():
-        first = by_path("triton", run)
+        first = by_path(by, run)
         for _ in range(1 if INTERPRETED else 20):
-            again = by_path("triton", run)
+            again = by_path(by, run)
             assert all(torch.equal(first[i], again[i]) for i in first)
 
 
@@ -271,12 +288,20 @@ def all_checks(interpreted: bool) -> dict[str, Check]:
         "dropped": check_expert_mlp((30, 30), dropped=True, row_scaled=True),
         "autocast": check_expert_mlp((20, 21), autocast=True),
         "nothing": check_expert_mlp((0, 0)),
+        "library_two": check_expert_mlp((37, 20), by=LIBRARY_PRODUCTS),
+        "library_empty": check_expert_mlp((0, 33, 0), scaled=False, by=LIBRARY_PRODUCTS),
+        "library_dropped": check_expert_mlp(
+            (30, 30), interleaved=True, dropped=True, row_scaled=True, by=LIBRARY_PRODUCTS
+        ),
+        "library_autocast": check_expert_mlp((20, 21), autocast=True, by=LIBRARY_PRODUCTS),
     }.items():
         found[f"expert_mlp/{name}"] = check
     if not interpreted:
         for rows in (127, 128, 129, 5000):
             found[f"expert_mlp/shipped_{rows}"] = check_expert_mlp((rows, 70), width=768, hidden=3072)
+        found["expert_mlp/library_shipped"] = check_expert_mlp((129, 70), width=768, hidden=3072, by=LIBRARY_PRODUCTS)
     found["expert_mlp/repeated"] = check_the_same_every_time
+    found["expert_mlp/library_repeated"] = partial(check_the_same_every_time, by=LIBRARY_PRODUCTS)
     found["expert_mlp/no_gradient"] = check_no_gradient_keeps_nothing
     found["expert_mlp/operator"] = check_operator("expert_mlp", mlp_arguments)
     found["distill/operator"] = check_operator("distill_loss", distill_arguments)
@@ -291,7 +316,7 @@ def names(dtypes: Sequence[str], interpreted: bool) -> list[str]:
         for check in all_checks(interpreted)
         for dtype in dtypes
         if not (check.startswith("expert_mlp/") and check.endswith(once) and dtype != "float32")
-        and not (check == "expert_mlp/autocast" and dtype == "float32")
+        and not (check.endswith("autocast") and dtype == "float32")
     ]
 
 

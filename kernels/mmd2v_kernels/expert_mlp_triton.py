@@ -57,6 +57,7 @@ class Tiles:
     norm: int = 32
     """Rows of a program of part 7."""
     norm_warps: int = 4
+    norm_backward_warps: int = 8
     epilogue: tuple[int, int] = (32, 128)
     """Rows and columns of a program that follows the library's product."""
     epilogue_warps: int = 4
@@ -683,7 +684,7 @@ def _backward(
         width,
         HAS_INDEX=index_R is not None,
         BLOCK=triton.next_power_of_2(width),
-        num_warps=TILES.norm_warps,
+        num_warps=TILES.norm_backward_warps,
     )
     dnorm_weight, dnorm_bias = (_per_expert(p, cut, len(rows)) for p in (dweight_PD, dbias_PD))
     found = [dx_TD]
@@ -807,9 +808,10 @@ def configurations() -> list[Configuration]:
     last |= {"weights_ptr": "*i64", "vector_ptr": rows, "mean_ptr": "*fp32", "rstd_ptr": "*fp32", "dx_ptr": rows}
     last |= {"dweight_ptr": "*fp32", "dbias_ptr": "*fp32", "width": "i32"}
     last |= {"HAS_INDEX": "constexpr", "BLOCK": "constexpr"}
-    for name, kernel, signature in (("norm", _norm_kernel, norm), ("norm_backward", _norm_backward_kernel, last)):
+    for name, kernel, signature, warps in (
+        ("norm", _norm_kernel, norm, tiles.norm_warps),
+        ("norm_backward", _norm_backward_kernel, last, tiles.norm_backward_warps),
+    ):
         constants = {"HAS_INDEX": True, "BLOCK": 1024}
-        found.append(
-            Configuration(f"expert_mlp/{name}", kernel, signature, constants, tiles.norm_warps, aligned=("width",))
-        )
+        found.append(Configuration(f"expert_mlp/{name}", kernel, signature, constants, warps, aligned=("width",)))
     return found

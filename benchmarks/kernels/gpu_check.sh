@@ -37,7 +37,10 @@ step() { # name, seconds, file for its output, command: say how it went, and go 
     torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU")' | tee -a "$folder/summary.txt"
 interpreter=()
 if ((${#tiny[@]})); then interpreter=(env TRITON_INTERPRET=1); fi
-step checks 150 "$folder/checks.jsonl" "${interpreter[@]}" "$python" tests/kernels/device_checks.py
+# Compiling takes most of the time: a process a dtype.
+step checks 200 "$folder/checks.jsonl" bash -c 'for dtype in float32 float16 bfloat16; do
+    "$@" "" $dtype & pids+=" $!"; done; status=0; for pid in $pids; do wait $pid || status=1; done; exit $status' \
+    checks "${interpreter[@]}" "$python" tests/kernels/device_checks.py
 "$python" - "$folder/checks.jsonl" <<'COUNT' | tee -a "$folder/summary.txt"
 import json, sys
 found = [json.loads(line) for line in open(sys.argv[1]) if line.startswith("{")]
@@ -46,8 +49,10 @@ print(f"{len(found)} checks, {len(failed)} failed")
 for one in failed:
     print(one["check"], one["problem"].strip().splitlines()[-1][:200])
 COUNT
+step parts 120 "$folder/parts.log" "${interpreter[@]}" \
+    "$python" benchmarks/kernels/parts.py --out "$folder" --seconds 80 "${tiny[@]}"
 step benchmark 250 "$folder/benchmark.txt" \
-    "$python" benchmarks/kernels/gpu.py --out "$folder" --seconds 180 "${tiny[@]}"
+    "$python" benchmarks/kernels/gpu.py --out "$folder" --seconds 120 "${tiny[@]}"
 step resources 40 "$folder/resources.json" "$python" tests/kernels/ahead_of_time.py 90
 if ((!${#tiny[@]})) && command -v compute-sanitizer > /dev/null; then
     step "memory checker" 40 "$folder/memory_checker.txt" compute-sanitizer --error-exitcode 1 \

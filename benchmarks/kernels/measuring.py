@@ -71,7 +71,7 @@ def _cpu_ms(call: Callable[[], object]) -> float:
 
 def _cuda_ms(call: Callable[[], object]) -> float:
     begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    torch.cuda._sleep(2_000_000)  # a backlog: launches then run ahead of the device and cost it no time
+    torch.cuda._sleep(20_000_000)  # ten milliseconds of backlog: launches run ahead of the device and cost it no time
     begin.record()
     call()
     end.record()

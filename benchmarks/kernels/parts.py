@@ -14,7 +14,7 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -27,30 +27,23 @@ from mmd2v_kernels.expert_mlp_triton import GELU, GELU_GRADIENT, PLAIN, RESIDUAL
 ROUNDS = 15
 PRODUCTS = [
     Tiles(),
-    Tiles(stages=4),
-    Tiles(columns=128, gradient_columns=128, stages=4),
-    Tiles(columns=128, gradient_columns=128, warps=4, stages=4),
-    Tiles(columns=256, gradient_columns=256, stages=3),
-    Tiles(rows=256, columns=128, gradient_columns=128, stages=3),
+    Tiles(stages=3),
+    Tiles(columns=128, gradient_columns=256),
+    Tiles(columns=128, gradient_columns=128, warps=4),
+    Tiles(rows=256, columns=128, gradient_columns=64, stages=3),
 ]
 WEIGHT_GRADIENTS = [
     Tiles(),
-    Tiles(stages=4),
-    Tiles(chunk=4096, stages=4),
-    Tiles(chunk=16384, stages=4),
-    Tiles(wgrad=(128, 128, 64), stages=4),
-    Tiles(wgrad=(128, 128, 64), stages=4, warps=4),
-    Tiles(wgrad=(256, 128, 64), stages=3),
+    Tiles(stages=3),
+    Tiles(chunk=16384),
+    Tiles(wgrad=(128, 256, 64), wgrad_warps=8, chunk=16384),
 ]
 EPILOGUES = [
     Tiles(),
-    Tiles(epilogue=(64, 128)),
-    Tiles(epilogue=(32, 256)),
-    Tiles(epilogue=(16, 256)),
     Tiles(epilogue=(64, 64)),
-    Tiles(epilogue=(128, 64), epilogue_warps=8),
+    Tiles(epilogue=(64, 128), epilogue_warps=8),
+    Tiles(epilogue=(128, 128), epilogue_warps=8),
 ]
-NORMS = [Tiles(norm_warps=n, norm=m) for n in (1, 2, 4, 8) for m in (16, 32)]
 
 
 def name_of(tiles: Tiles) -> str:
@@ -90,7 +83,6 @@ class Operands:
         self.fc1 = [new(hidden, width, scale=width**-0.5) for _ in counts]
         self.fc2 = [new(width, hidden, scale=hidden**-0.5) for _ in counts]
         self.b1, self.b2, self.scale = ([new(n) for _ in counts] for n in (hidden, width, width))
-        self.norm = [[new(width), new(width)] for _ in counts]
 
     def part(self, name: str, tiles: Tiles) -> Callable[[], torch.Tensor]:
         """Return a call that runs the part and returns its result."""
@@ -141,13 +133,6 @@ class Operands:
 
         return call
 
-    def norm_forward(self) -> torch.Tensor:
-        total = len(self.x)
-        mean_R, rstd_R = (torch.empty(total, dtype=torch.float32, device=self.x.device) for _ in range(2))
-        stops = [stop for _, stop in self.rows]
-        kernels._normalise(self.x, None, self.norm, stops, 1e-6, self.out_D, mean_R, rstd_R)
-        return self.out_D
-
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -178,8 +163,6 @@ def main() -> int:
             if total < 80000:
                 own, after = own[:4], after[:2]
             rows += measure(operands, part, own, after, device, lines, f"{counts[0]}+{counts[1]}x{width}", total)
-        if total > 80000 or tiny:
-            time_norms(operands, device, [replace(Tiles(), norm_warps=1)] if tiny else NORMS)
         del operands
     append(options.out / "parts.csv", rows)
     (options.out / "parts.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
@@ -234,16 +217,6 @@ def measure(
     device_name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     lines.append(f'    Measurement("expert_mlp/{part}", "{device_name}", {operands.x.dtype}, {total}, "{chosen}"),')
     return rows
-
-
-def time_norms(operands: Operands, device: torch.device, forms: list[Tiles]) -> None:
-    """Print how long the norm takes with each number of warps."""
-    shipped = kernels.TILES
-    for tiles in forms:
-        kernels.TILES = tiles
-        taken = times_ms({"norm": operands.norm_forward}, ROUNDS if device.type == "cuda" else 2, device)
-        print(f"norm    {name_of(tiles):<60} {percentiles(taken['norm'])[0]:8.4f} ms")
-    kernels.TILES = shipped
 
 
 if __name__ == "__main__":

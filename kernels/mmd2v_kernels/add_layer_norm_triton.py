@@ -13,7 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
-from mmd2v_kernels.configuration import TRITON_NAMES, Configuration
+from mmd2v_kernels.configuration import NORM_ROWS, TRITON_NAMES, Configuration, norm_block
 
 __all__ = ["add_layer_norm", "configurations"]
 
@@ -31,25 +31,28 @@ def _forward_kernel(
     normed_ptr,  # [T, D] out
     mean_ptr,  # fp32 [T] out
     rstd_ptr,  # fp32 [T] out
+    rows,  # T
     width,  # D
     eps,
+    ROWS: tl.constexpr,
     BLOCK: tl.constexpr,  # D, up to a power of two
 ):
-    row = tl.program_id(0).to(tl.int64)
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     column = tl.arange(0, BLOCK)
-    inside = column < width
-    at = row * width + column
+    is_row, is_column = row < rows, column < width
+    inside = is_row[:, None] & is_column[None, :]
+    at = row[:, None] * width + column[None, :]
     total = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32)
     total += tl.load(branch_ptr + at, mask=inside, other=0.0).to(tl.float32)
     tl.store(sum_ptr + at, total, mask=inside)
-    mean = tl.sum(total, axis=0) / width
-    centred = tl.where(inside, total - mean, 0.0)
-    rstd = 1.0 / tl.sqrt(tl.sum(centred * centred, axis=0) / width + eps)
-    weight = tl.load(weight_ptr + column, mask=inside, other=0.0).to(tl.float32)
-    bias = tl.load(bias_ptr + column, mask=inside, other=0.0).to(tl.float32)
-    tl.store(normed_ptr + at, centred * rstd * weight + bias, mask=inside)
-    tl.store(mean_ptr + row, mean)
-    tl.store(rstd_ptr + row, rstd)
+    mean = tl.sum(total, axis=1) / width
+    centred = tl.where(inside, total - mean[:, None], 0.0)
+    rstd = 1.0 / tl.sqrt(tl.sum(centred * centred, axis=1) / width + eps)
+    weight = tl.load(weight_ptr + column, mask=is_column, other=0.0).to(tl.float32)
+    bias = tl.load(bias_ptr + column, mask=is_column, other=0.0).to(tl.float32)
+    tl.store(normed_ptr + at, centred * rstd[:, None] * weight[None, :] + bias[None, :], mask=inside)
+    tl.store(mean_ptr + row, mean, mask=is_row)
+    tl.store(rstd_ptr + row, rstd, mask=is_row)
 
 
 @triton.jit
@@ -65,34 +68,35 @@ def _backward_kernel(
     dbias_ptr,  # fp32 [P, D] out
     rows,  # T
     width,  # D
+    ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     program = tl.program_id(0)
     column = tl.arange(0, BLOCK)
-    inside = column < width
-    weight = tl.load(weight_ptr + column, mask=inside, other=0.0).to(tl.float32)
-    dweight = tl.zeros([BLOCK], dtype=tl.float32)
-    dbias = tl.zeros([BLOCK], dtype=tl.float32)
-    for row in range(program, rows, tl.num_programs(0)):
-        at = tl.cast(row, tl.int64) * width + column
-        normed = tl.load(sum_ptr + at, mask=inside, other=0.0).to(tl.float32) - tl.load(mean_ptr + row)
-        rstd = tl.load(rstd_ptr + row)
-        normed = tl.where(inside, normed * rstd, 0.0)
+    is_column = column < width
+    weight = tl.load(weight_ptr + column, mask=is_column, other=0.0).to(tl.float32)
+    dweight = tl.zeros([ROWS, BLOCK], dtype=tl.float32)
+    dbias = tl.zeros([ROWS, BLOCK], dtype=tl.float32)
+    for start in range(program * ROWS, rows, tl.num_programs(0) * ROWS):
+        row = start + tl.arange(0, ROWS)
+        is_row = row < rows
+        inside = is_row[:, None] & is_column[None, :]
+        at = row.to(tl.int64)[:, None] * width + column[None, :]
+        rstd = tl.load(rstd_ptr + row, mask=is_row, other=0.0)[:, None]
+        mean = tl.load(mean_ptr + row, mask=is_row, other=0.0)[:, None]
+        normed = tl.load(sum_ptr + at, mask=inside, other=0.0).to(tl.float32)
+        normed = tl.where(inside, (normed - mean) * rstd, 0.0)
         dnormed = tl.load(dnormed_ptr + at, mask=inside, other=0.0).to(tl.float32)
         dweight += dnormed * normed
         dbias += dnormed
-        dnormed *= weight
-        mean_d = tl.sum(dnormed, axis=0) / width
-        mean_dn = tl.sum(dnormed * normed, axis=0) / width
-        dx = (dnormed - mean_d - normed * mean_dn) * rstd
+        dnormed *= weight[None, :]
+        mean_d = tl.sum(dnormed, axis=1) / width
+        mean_dn = tl.sum(dnormed * normed, axis=1) / width
+        dx = (dnormed - mean_d[:, None] - normed * mean_dn[:, None]) * rstd
         dx += tl.load(dsum_ptr + at, mask=inside, other=0.0).to(tl.float32)
         tl.store(dx_ptr + at, dx, mask=inside)
-    tl.store(dweight_ptr + program * width + column, dweight, mask=inside)
-    tl.store(dbias_ptr + program * width + column, dbias, mask=inside)
-
-
-def _warps(width: int) -> int:
-    return max(1, min(8, triton.next_power_of_2(width) // 256))
+    tl.store(dweight_ptr + program * width + column, tl.sum(dweight, axis=0), mask=is_column)
+    tl.store(dbias_ptr + program * width + column, tl.sum(dbias, axis=0), mask=is_column)
 
 
 @torch.library.custom_op("mmd2v::add_layer_norm", mutates_args=())
@@ -100,10 +104,11 @@ def _forward(
     x_TD: torch.Tensor, branch_TD: torch.Tensor, weight_D: torch.Tensor, bias_D: torch.Tensor, eps: float
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     rows, width = x_TD.shape
+    block, warps = norm_block(width)
     sum_TD, normed_TD = (torch.empty(rows, width, dtype=x_TD.dtype, device=x_TD.device) for _ in range(2))
     mean_T, rstd_T = (torch.empty(rows, dtype=torch.float32, device=x_TD.device) for _ in range(2))
     if rows:
-        _forward_kernel[(rows,)](
+        _forward_kernel[(triton.cdiv(rows, NORM_ROWS),)](
             x_TD.contiguous(),
             branch_TD.contiguous(),
             weight_D.contiguous(),
@@ -112,10 +117,12 @@ def _forward(
             normed_TD,
             mean_T,
             rstd_T,
+            rows,
             width,
             eps,
-            BLOCK=triton.next_power_of_2(width),
-            num_warps=_warps(width),
+            ROWS=NORM_ROWS,
+            BLOCK=block,
+            num_warps=warps,
         )
     return sum_TD, normed_TD, mean_T, rstd_T
 
@@ -137,8 +144,9 @@ def _backward(
     rstd_T: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     rows, width = sum_TD.shape
+    block, warps = norm_block(width)
     dx_TD = torch.empty_like(sum_TD)
-    programs = min(rows, _PROGRAMS)
+    programs = min(triton.cdiv(rows, NORM_ROWS), _PROGRAMS)
     dweight_PD, dbias_PD = (torch.empty(programs, width, dtype=torch.float32, device=sum_TD.device) for _ in range(2))
     if rows:
         _backward_kernel[(programs,)](
@@ -153,8 +161,9 @@ def _backward(
             dbias_PD,
             rows,
             width,
-            BLOCK=triton.next_power_of_2(width),
-            num_warps=_warps(width),
+            ROWS=NORM_ROWS,
+            BLOCK=block,
+            num_warps=warps,
         )
     return dx_TD, dweight_PD.sum(dim=0).to(weight_D.dtype), dbias_PD.sum(dim=0).to(weight_D.dtype)
 
@@ -172,8 +181,7 @@ def _set_up(ctx, inputs, output):
 
 def _differentiate(ctx, dsum_TD, dnormed_TD, *_):
     dx_TD, dweight_D, dbias_D = _backward(dsum_TD, dnormed_TD, *ctx.saved_tensors)
-    # Two tensors: a gradient may be changed in place by whoever gets it.
-    return dx_TD, dx_TD.clone() if ctx.needs_input_grad[0] else dx_TD, dweight_D, dbias_D, None
+    return dx_TD, dx_TD, dweight_D, dbias_D, None
 
 
 _forward.register_autograd(_differentiate, setup_context=_set_up)
@@ -191,12 +199,14 @@ def configurations() -> list[Configuration]:
     found = []
     for dtype in ("bfloat16", "float32"):
         rows, width = f"*{TRITON_NAMES[dtype]}", 768
-        constants = {"BLOCK": triton.next_power_of_2(width)}
+        constants = {"ROWS": NORM_ROWS, "BLOCK": norm_block(width)[0]}
         forward = dict.fromkeys(["x_ptr", "branch_ptr", "weight_ptr", "bias_ptr", "sum_ptr", "normed_ptr"], rows)
-        forward |= {"mean_ptr": "*fp32", "rstd_ptr": "*fp32", "width": "i32", "eps": "fp32", "BLOCK": "constexpr"}
+        forward |= {"mean_ptr": "*fp32", "rstd_ptr": "*fp32", "rows": "i32", "width": "i32", "eps": "fp32"}
+        forward |= dict.fromkeys(constants, "constexpr")
         backward = dict.fromkeys(["dsum_ptr", "dnormed_ptr", "sum_ptr", "weight_ptr"], rows)
         backward |= {"mean_ptr": "*fp32", "rstd_ptr": "*fp32", "dx_ptr": rows}
-        backward |= {"dweight_ptr": "*fp32", "dbias_ptr": "*fp32", "rows": "i32", "width": "i32", "BLOCK": "constexpr"}
+        backward |= {"dweight_ptr": "*fp32", "dbias_ptr": "*fp32", "rows": "i32", "width": "i32"}
+        backward |= dict.fromkeys(constants, "constexpr")
         for name, kernel, signature in (
             ("forward", _forward_kernel, forward),
             ("backward", _backward_kernel, backward),
@@ -207,7 +217,7 @@ def configurations() -> list[Configuration]:
                     kernel=kernel,
                     signature=signature,
                     constants=constants,
-                    warps=_warps(width),
+                    warps=norm_block(width)[1],
                     aligned=("width",),
                 )
             )

@@ -6,10 +6,19 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-__all__ = ["TRITON_NAMES", "Configuration"]
+__all__ = ["NORM_ROWS", "TRITON_NAMES", "Configuration", "norm_block"]
 
 TRITON_NAMES = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
 """How Triton names torch's dtypes."""
+
+NORM_ROWS = 4
+"""Rows that a program of a norm takes at a time: up to width 1024 a warp each, so that sums of a row stay within it."""
+
+
+def norm_block(width: int) -> tuple[int, int]:
+    """Return the width up to a power of two, and the warps of a program of a norm: 32 elements a thread."""
+    block = 1 << max(0, width - 1).bit_length()
+    return block, max(NORM_ROWS, min(16, NORM_ROWS * block // 1024))
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 
 from mmd2v_kernels.configuration import TRITON_NAMES, Configuration
+from mmd2v_kernels.host_lists import on_device
 
 __all__ = ["configurations", "distill_loss", "distill_target"]
 
@@ -182,7 +183,9 @@ def _set_up(ctx, inputs, output):
 
 def _differentiate(ctx, dloss_BT, _):
     (slope_BTD,) = ctx.saved_tensors
-    dprediction_BTD = (slope_BTD * (dloss_BT / slope_BTD.shape[2])[..., None]).to(slope_BTD.dtype)
+    factor_BT1 = (dloss_BT / slope_BTD.shape[2])[..., None]
+    # Into a tensor of the dtype wanted: in fp32 without writing that.
+    dprediction_BTD = torch.mul(slope_BTD, factor_BT1, out=torch.empty_like(slope_BTD))
     return [None] * ctx.results, dprediction_BTD, None, None, None, None, None
 
 
@@ -207,9 +210,7 @@ def _launch(
     if like.numel() == 0:
         loss_BT.zero_()
         return
-    table_K = torch.tensor([result_BTD.data_ptr() for result_BTD in results], dtype=torch.int64)
-    if device.type == "cuda":
-        table_K = table_K.pin_memory().to(device, non_blocking=True)
+    table_K = on_device([result_BTD.data_ptr() for result_BTD in results], torch.int64, device)
     mask = like if mask_BT is None else mask_BT.contiguous().view(torch.uint8)
     shape = (len(results), samples, width)
     mean_KBD, rstd_KBD = (torch.empty(shape, dtype=torch.float32, device=device) for _ in range(2))

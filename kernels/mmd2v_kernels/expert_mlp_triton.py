@@ -1,15 +1,16 @@
-"""Triton kernels of `expert_mlp`: all experts in one launch a part, nothing kept but the input and h.
+"""Triton kernels of `expert_mlp`: all experts in one launch a part; kept are the input, its norm and h.
 
 The rows of all experts, in the order of the index, are cut into tiles that lie within one expert each; the host lists
-them. Parts: 1 LayerNorm and gather; 2 fc1, bias and GELU; 3 fc2, bias, scales, residual and scatter; 4 the gradient
-of h, with GELU computed again and fc1's bias gradient as partial sums; 5 weight gradients, each expert's rows cut into
-chunks, so that there are more pieces of work than the 72 tiles of a weight; 6 the gradient of the norm's output; 7 the
-norm backward, residual and scatter.
+them. Parts: 1 LayerNorm and gather; 2 fc1, bias and GELU; 3 fc2, bias, scales, residual and scatter; 4 gather and
+scales backward, then the gradient of h, with GELU computed again and fc1's bias gradient as partial sums; 5 weight
+gradients, each expert's rows cut into chunks, so that there are more pieces of work than the 72 tiles of a weight; 6
+the gradient of the norm's output; 7 the norm backward, residual and scatter.
 
 Parts 2 to 6 are matrix products, each by the kernel of this file or by the library's on each expert's slice with one
 kernel after it for what happens to the result, as `mmd2v_kernels.dispatch` says for that part.
 
-GELU is exact to 2e-7 (Abramowitz and Stegun 7.1.26), which shares its exponential with the derivative.
+GELU is exact to 2e-7 (Abramowitz and Stegun 7.1.26), which shares its exponential with the derivative; in fp32 it is
+torch's.
 Deterministic: no atomics, partial sums are added in one order.
 
 Shapes: T rows of ``x``, R rows that pass the experts, E experts, D width, F hidden width; a matrix product has M rows
@@ -19,16 +20,16 @@ of a tile, N columns and depth K; P tiles or chunks.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import lru_cache
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 import triton
 import triton.language as tl
 
-from mmd2v_kernels.configuration import TRITON_NAMES, Configuration
+from mmd2v_kernels.configuration import NORM_ROWS, TRITON_NAMES, Configuration, norm_block
 from mmd2v_kernels.dispatch import choose_part
+from mmd2v_kernels.host_lists import on_device
 
 if TYPE_CHECKING:
     from mmd2v_kernels.expert_mlp import Expert
@@ -41,7 +42,7 @@ GELU, RESIDUAL, GELU_GRADIENT, PLAIN = 0, 1, 2, 3
 
 @dataclass(frozen=True)
 class Tiles:
-    """Sizes of the pieces of work."""
+    """Sizes of the pieces of work. Those of bf16 were measured to be the fastest on an H100."""
 
     rows: int = 128
     columns: int = 256
@@ -49,32 +50,40 @@ class Tiles:
     """Of part 4, whose epilogue holds more."""
     depth: int = 64
     warps: int = 8
-    stages: int = 3
-    wgrad: tuple[int, int, int] = (128, 256, 64)
+    stages: int = 4
+    wgrad: tuple[int, int, int] = (128, 128, 64)
     """Rows and columns of a weight, and rows summed at a time."""
+    wgrad_warps: int = 4
     chunk: int = 8192
     """Rows of a chunk of part 5, at most."""
     norm: int = 32
     """Rows of a program of part 7."""
-    norm_warps: int = 4
-    norm_backward_warps: int = 8
-    epilogue: tuple[int, int] = (32, 128)
+    epilogue: tuple[int, int] = (64, 128)
     """Rows and columns of a program that follows the library's product."""
     epilogue_warps: int = 4
 
 
 TILES = Tiles()
+FP32_TILES = replace(TILES, rows=64, columns=64, gradient_columns=64, depth=32, warps=4, stages=2, wgrad=(64, 64, 32))
+"""Without tensor cores: larger ones take half a minute to compile and would not be faster."""
+
+
+def _tiles(dtype: torch.dtype) -> Tiles:
+    return FP32_TILES if dtype == torch.float32 else TILES
 
 
 @triton.jit
-def _gelu(h):
+def _gelu(h, EXACT: tl.constexpr):
     """Return GELU(h) and its derivative."""
-    size = tl.abs(h) * 0.7071067811865476
-    t = 1.0 / (1.0 + 0.3275911 * size)
     bell = tl.exp(-0.5 * h * h)
-    series = t * (0.254829592 + t * (-0.284496736 + t * (1.421413741 + t * (-1.453152027 + t * 1.061405429))))
-    tail = 0.5 * series * bell  # of the normal distribution, beyond |h|: small without a cancellation
-    below = tl.where(h < 0, tail, 1.0 - tail)
+    if EXACT:
+        below = 0.5 * (1.0 + tl.erf(h * 0.7071067811865476))
+    else:
+        size = tl.abs(h) * 0.7071067811865476
+        t = 1.0 / (1.0 + 0.3275911 * size)
+        series = t * (0.254829592 + t * (-0.284496736 + t * (1.421413741 + t * (-1.453152027 + t * 1.061405429))))
+        tail = 0.5 * series * bell  # of the normal distribution, beyond |h|: small without a cancellation
+        below = tl.where(h < 0, tail, 1.0 - tail)
     return h * below, below + h * bell * 0.3989422804014327
 
 
@@ -82,9 +91,9 @@ def _gelu(h):
 def _norm_kernel(
     x_ptr,  # [T, D]
     index_ptr,  # int64 [R]
+    tiles_ptr,  # int32 [P, 3] expert, first row, end
     weights_ptr,  # int64 [2, E] addresses: weights, then biases
     vector_ptr,  # [D] one of them, for its type
-    stops_ptr,  # int32 [E] end of each expert's rows
     normed_ptr,  # [R, D] out
     mean_ptr,  # fp32 [R] out
     rstd_ptr,  # fp32 [R] out
@@ -92,28 +101,75 @@ def _norm_kernel(
     width,  # D
     eps,
     HAS_INDEX: tl.constexpr,
+    ROWS: tl.constexpr,
     BLOCK: tl.constexpr,  # D, up to a power of two
 ):
-    row = tl.program_id(0).to(tl.int64)
-    expert = 0
-    for e in range(0, experts):
-        expert += (row >= tl.load(stops_ptr + e)).to(tl.int32)
+    tile = tl.program_id(0)
+    expert = tl.load(tiles_ptr + 3 * tile)
+    row = tl.load(tiles_ptr + 3 * tile + 1) + tl.arange(0, ROWS)
+    is_row = row < tl.load(tiles_ptr + 3 * tile + 2)
+    row = row.to(tl.int64)
     source = row
     if HAS_INDEX:
-        source = tl.load(index_ptr + row)
+        source = tl.load(index_ptr + row, mask=is_row, other=0)
     column = tl.arange(0, BLOCK)
-    inside = column < width
-    x = tl.load(x_ptr + source * width + column, mask=inside, other=0.0).to(tl.float32)
-    mean = tl.sum(x, axis=0) / width
-    centred = tl.where(inside, x - mean, 0.0)
-    rstd = 1.0 / tl.sqrt(tl.sum(centred * centred, axis=0) / width + eps)
+    is_column = column < width
+    inside = is_row[:, None] & is_column[None, :]
+    x = tl.load(x_ptr + source[:, None] * width + column[None, :], mask=inside, other=0.0).to(tl.float32)
+    mean = tl.sum(x, axis=1) / width
+    centred = tl.where(inside, x - mean[:, None], 0.0)
+    rstd = 1.0 / tl.sqrt(tl.sum(centred * centred, axis=1) / width + eps)
     weight_ptr = tl.load(weights_ptr + expert).to(vector_ptr.dtype)
     bias_ptr = tl.load(weights_ptr + experts + expert).to(vector_ptr.dtype)
-    weight = tl.load(weight_ptr + column, mask=inside, other=0.0).to(tl.float32)
-    bias = tl.load(bias_ptr + column, mask=inside, other=0.0).to(tl.float32)
-    tl.store(normed_ptr + row * width + column, centred * rstd * weight + bias, mask=inside)
-    tl.store(mean_ptr + row, mean)
-    tl.store(rstd_ptr + row, rstd)
+    weight = tl.load(weight_ptr + column, mask=is_column, other=0.0).to(tl.float32)
+    bias = tl.load(bias_ptr + column, mask=is_column, other=0.0).to(tl.float32)
+    normed = centred * rstd[:, None] * weight[None, :] + bias[None, :]
+    tl.store(normed_ptr + row[:, None] * width + column[None, :], normed, mask=inside)
+    tl.store(mean_ptr + row, mean, mask=is_row)
+    tl.store(rstd_ptr + row, rstd, mask=is_row)
+
+
+@triton.jit
+def _branch_gradient_kernel(
+    dout_ptr,  # [T, D]
+    index_ptr,  # int64 [R]
+    row_scale_ptr,  # [T]
+    tiles_ptr,  # int32 [P, 3] expert, first row, end
+    scales_ptr,  # int64 [E] addresses of [D]
+    vector_ptr,  # [D] one of them, for its type
+    u_ptr,  # [R, D] out: the branch's gradient before the layer scale
+    dt_ptr,  # [R, D] out: with it
+    sums_ptr,  # fp32 [P, D] out: sums of a tile's columns of u
+    width,  # D
+    HAS_INDEX: tl.constexpr,
+    HAS_SCALE: tl.constexpr,
+    HAS_ROW_SCALE: tl.constexpr,
+    KEEP: tl.constexpr,  # u is not simply dout
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    tile, block = tl.program_id(0), tl.program_id(1)
+    expert = tl.load(tiles_ptr + 3 * tile)
+    row = tl.load(tiles_ptr + 3 * tile + 1) + tl.arange(0, ROWS)
+    is_row = row < tl.load(tiles_ptr + 3 * tile + 2)
+    row = row.to(tl.int64)
+    source = row
+    if HAS_INDEX:
+        source = tl.load(index_ptr + row, mask=is_row, other=0)
+    column = block * COLUMNS + tl.arange(0, COLUMNS)
+    is_column = column < width
+    inside = is_row[:, None] & is_column[None, :]
+    u = tl.load(dout_ptr + source[:, None] * width + column[None, :], mask=inside, other=0.0).to(tl.float32)
+    if HAS_ROW_SCALE:
+        u *= tl.load(row_scale_ptr + source, mask=is_row, other=0.0).to(tl.float32)[:, None]
+    at = row[:, None] * width + column[None, :]
+    if KEEP:
+        tl.store(u_ptr + at, u, mask=inside)
+    tl.store(sums_ptr + tile * width + column, tl.sum(u, axis=0), mask=is_column)
+    if HAS_SCALE:
+        scale_ptr = tl.load(scales_ptr + expert).to(vector_ptr.dtype)
+        u *= tl.load(scale_ptr + column, mask=is_column, other=0.0).to(tl.float32)[None, :]
+        tl.store(dt_ptr + at, u, mask=inside)
 
 
 @triton.jit
@@ -140,19 +196,21 @@ def _write(
     HAS_INDEX: tl.constexpr,
     HAS_SCALE: tl.constexpr,
     HAS_ROW_SCALE: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
     KEEP: tl.constexpr,
+    EXACT: tl.constexpr,
 ):
     inside = is_row[:, None] & is_column[None, :]
     at = row[:, None] * columns + column[None, :]
     base = first * columns
-    if EPILOGUE == 0 or EPILOGUE == 1:
+    if HAS_BIAS:
         bias_ptr = tl.load(biases_ptr + expert).to(vector_ptr.dtype)
         product += tl.load(bias_ptr + column, mask=is_column, other=0.0).to(tl.float32)[None, :]
     if EPILOGUE == 0:
         if KEEP:
             tl.store(h_ptr + base + at, product, mask=inside)
             product = product.to(h_ptr.dtype.element_ty).to(tl.float32)
-        product, _ = _gelu(product)
+        product, _ = _gelu(product, EXACT)
         tl.store(out_ptr + base + at, product, mask=inside)
     elif EPILOGUE == 1:
         if HAS_SCALE:
@@ -169,7 +227,7 @@ def _write(
         tl.store(out_ptr + base + at, product, mask=inside)
     elif EPILOGUE == 2:
         h = tl.load(h_ptr + base + at, mask=inside, other=0.0).to(tl.float32)
-        g, slope = _gelu(h)
+        g, slope = _gelu(h, EXACT)
         # g takes the place that x has in the residual epilogue: it is an output here.
         tl.store(x_ptr + base + at, g, mask=inside)
         product = tl.where(inside, product * slope, 0.0)
@@ -200,7 +258,9 @@ def _product_kernel(
     HAS_INDEX: tl.constexpr,
     HAS_SCALE: tl.constexpr,
     HAS_ROW_SCALE: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
     KEEP: tl.constexpr,
+    EXACT: tl.constexpr,
     WHOLE: tl.constexpr,  # N and K are multiples of the tile's
     PRECISION: tl.constexpr,
     ROWS: tl.constexpr,
@@ -241,13 +301,13 @@ def _product_kernel(
     _write(
         left, first, row, is_row, half, half < columns, tile, expert, biases_ptr, scales_ptr, vector_ptr, h_ptr,
         out_ptr, x_ptr, index_ptr, row_scale_ptr, sums_ptr, columns, EPILOGUE, HAS_INDEX, HAS_SCALE, HAS_ROW_SCALE,
-        KEEP,
+        HAS_BIAS, KEEP, EXACT,
     )  # fmt: skip
     half += COLUMNS // 2
     _write(
         right, first, row, is_row, half, half < columns, tile, expert, biases_ptr, scales_ptr, vector_ptr, h_ptr,
         out_ptr, x_ptr, index_ptr, row_scale_ptr, sums_ptr, columns, EPILOGUE, HAS_INDEX, HAS_SCALE, HAS_ROW_SCALE,
-        KEEP,
+        HAS_BIAS, KEEP, EXACT,
     )  # fmt: skip
 
 
@@ -269,7 +329,9 @@ def _epilogue_kernel(
     HAS_INDEX: tl.constexpr,
     HAS_SCALE: tl.constexpr,
     HAS_ROW_SCALE: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
     KEEP: tl.constexpr,
+    EXACT: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
@@ -286,7 +348,7 @@ def _epilogue_kernel(
     _write(
         product, first, row, is_row, column, is_column, tile, expert, biases_ptr, scales_ptr, vector_ptr, h_ptr,
         out_ptr, x_ptr, index_ptr, row_scale_ptr, sums_ptr, columns, EPILOGUE, HAS_INDEX, HAS_SCALE, HAS_ROW_SCALE,
-        KEEP,
+        HAS_BIAS, KEEP, EXACT,
     )  # fmt: skip
 
 
@@ -339,6 +401,7 @@ def _norm_backward_kernel(
     dbias_ptr,  # fp32 [P, D] out
     width,  # D
     HAS_INDEX: tl.constexpr,
+    ROWS: tl.constexpr,  # at a time: a warp each, so that sums of a row stay within it
     BLOCK: tl.constexpr,
 ):
     tile = tl.program_id(0)
@@ -348,49 +411,40 @@ def _norm_backward_kernel(
         tl.load(tiles_ptr + 3 * tile + 2),
     )
     column = tl.arange(0, BLOCK)
-    inside = column < width
+    is_column = column < width
     weight_ptr = tl.load(weights_ptr + expert).to(vector_ptr.dtype)
-    weight = tl.load(weight_ptr + column, mask=inside, other=0.0).to(tl.float32)
-    dweight = tl.zeros([BLOCK], dtype=tl.float32)
-    dbias = tl.zeros([BLOCK], dtype=tl.float32)
-    for row in range(first, end):
-        here = tl.cast(row, tl.int64)
-        source = here
+    weight = tl.load(weight_ptr + column, mask=is_column, other=0.0).to(tl.float32)
+    dweight = tl.zeros([ROWS, BLOCK], dtype=tl.float32)
+    dbias = tl.zeros([ROWS, BLOCK], dtype=tl.float32)
+    for start in range(first, end, ROWS):
+        row = start + tl.arange(0, ROWS)
+        is_row = row < end
+        row = row.to(tl.int64)
+        source = row
         if HAS_INDEX:
-            source = tl.load(index_ptr + row)
-        normed = tl.load(x_ptr + source * width + column, mask=inside, other=0.0).to(tl.float32)
-        rstd = tl.load(rstd_ptr + row)
-        normed = tl.where(inside, (normed - tl.load(mean_ptr + row)) * rstd, 0.0)
-        dnormed = tl.load(dnormed_ptr + here * width + column, mask=inside, other=0.0).to(tl.float32)
+            source = tl.load(index_ptr + row, mask=is_row, other=0)
+        inside = is_row[:, None] & is_column[None, :]
+        there = source[:, None] * width + column[None, :]
+        normed = tl.load(x_ptr + there, mask=inside, other=0.0).to(tl.float32)
+        rstd = tl.load(rstd_ptr + row, mask=is_row, other=0.0)[:, None]
+        mean = tl.load(mean_ptr + row, mask=is_row, other=0.0)[:, None]
+        normed = tl.where(inside, (normed - mean) * rstd, 0.0)
+        here = row[:, None] * width + column[None, :]
+        dnormed = tl.load(dnormed_ptr + here, mask=inside, other=0.0).to(tl.float32)
         dweight += dnormed * normed
         dbias += dnormed
-        dnormed *= weight
-        mean_d = tl.sum(dnormed, axis=0) / width
-        mean_dn = tl.sum(dnormed * normed, axis=0) / width
-        dx = (dnormed - mean_d - normed * mean_dn) * rstd
-        dx += tl.load(dout_ptr + source * width + column, mask=inside, other=0.0).to(tl.float32)
-        tl.store(dx_ptr + source * width + column, dx, mask=inside)
-    tl.store(dweight_ptr + tile * width + column, dweight, mask=inside)
-    tl.store(dbias_ptr + tile * width + column, dbias, mask=inside)
-
-
-def _on_device(values: Sequence, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """Copy host integers to the device without waiting for it; the same ones again cost nothing.
-
-    On another stream they are copied again: nothing says that the first copy is done there.
-    """
-    if device.type != "cuda":
-        return torch.tensor(values, dtype=dtype)
-    return _copied(tuple(values), dtype, device, torch.cuda.current_stream(device).cuda_stream)
-
-
-@lru_cache(maxsize=1024)
-def _copied(values: tuple, dtype: torch.dtype, device: torch.device, stream: int) -> torch.Tensor:
-    return torch.tensor(values, dtype=dtype).pin_memory().to(device, non_blocking=True)
+        dnormed *= weight[None, :]
+        mean_d = tl.sum(dnormed, axis=1) / width
+        mean_dn = tl.sum(dnormed * normed, axis=1) / width
+        dx = (dnormed - mean_d[:, None] - normed * mean_dn[:, None]) * rstd
+        dx += tl.load(dout_ptr + there, mask=inside, other=0.0).to(tl.float32)
+        tl.store(dx_ptr + there, dx, mask=inside)
+    tl.store(dweight_ptr + tile * width + column, tl.sum(dweight, axis=0), mask=is_column)
+    tl.store(dbias_ptr + tile * width + column, tl.sum(dbias, axis=0), mask=is_column)
 
 
 def _addresses(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
-    return _on_device([t.data_ptr() for t in tensors], torch.int64, tensors[0].device)
+    return on_device([t.data_ptr() for t in tensors], torch.int64, tensors[0].device)
 
 
 def _cut(rows: Sequence[tuple[int, int]], size: int) -> list[tuple[int, int, int]]:
@@ -431,6 +485,7 @@ def _product(
     device, depth = a_RK.device, a_RK.shape[1]
     columns = weights[0].shape[1] if transposed else weights[0].shape[0]
     by_library = choose_part("expert_mlp", _PARTS[epilogue], device, a_RK.dtype, rows=len(a_RK)) == "segmented"
+    has_bias, keep = bool(biases), h_RN is not None
     raw = None
     if by_library:
         # Into the memory of a result where one has its shape: each program reads its piece before it writes it.
@@ -438,11 +493,18 @@ def _product(
             raw = torch.empty(len(a_RK), columns, dtype=a_RK.dtype, device=device)
         else:
             raw = h_RN if epilogue == GELU and h_RN is not None else out
-        for weight, (start, stop) in zip(weights, rows, strict=True):
-            if start < stop:
-                torch.mm(a_RK[start:stop], weight if transposed else weight.t(), out=raw[start:stop])
+        for i, (start, stop) in enumerate(rows):
+            if start == stop:
+                continue
+            weight = weights[i] if transposed else weights[i].t()
+            if epilogue == GELU:  # the library adds the bias at no cost, and h is written but once
+                torch.addmm(biases[i].to(a_RK.dtype), a_RK[start:stop], weight, out=raw[start:stop])
+            else:
+                torch.mm(a_RK[start:stop], weight, out=raw[start:stop])
         if epilogue == PLAIN:
             return []
+        if epilogue == GELU:
+            has_bias = keep = False
         height, wide = tiles.epilogue
     else:
         height, wide = tiles.rows, tiles.gradient_columns if epilogue == GELU_GRADIENT else tiles.columns
@@ -467,11 +529,13 @@ def _product(
         "HAS_INDEX": index_R is not None,
         "HAS_SCALE": bool(scales),
         "HAS_ROW_SCALE": row_scale_T is not None,
-        "KEEP": h_RN is not None,
+        "HAS_BIAS": has_bias,
+        "KEEP": keep,
+        "EXACT": a_RK.dtype == torch.float32,
         "ROWS": height,
         "COLUMNS": wide,
     }
-    pieces = _on_device(cut, torch.int32, device)
+    pieces = on_device(cut, torch.int32, device)
     if raw is not None:
         _epilogue_kernel[(len(cut), triton.cdiv(columns, wide))](
             raw, pieces, *where, **how, num_warps=tiles.epilogue_warps
@@ -513,7 +577,7 @@ def _weight_gradient(
     _weight_gradient_kernel[(triton.cdiv(height, m) * triton.cdiv(columns, n), len(cut))](
         left_RM,
         right_RN,
-        _on_device(cut, torch.int32, left_RM.device),
+        on_device(cut, torch.int32, left_RM.device),
         partial,
         height,
         columns,
@@ -522,7 +586,7 @@ def _weight_gradient(
         HEIGHT=m,
         COLUMNS=n,
         DEPTH=depth,
-        num_warps=tiles.warps,
+        num_warps=tiles.wgrad_warps,
         num_stages=tiles.stages,
     )
     return _per_expert(partial, cut, len(rows))
@@ -553,19 +617,35 @@ def _forward(
     eps: float,
     products: torch.dtype,
     keep: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return the rows [T, D], h [R, F] (empty unless ``keep``), mean and rstd [R]."""
-    experts, rows, tiles = _experts(flat, scaled), _ranges(stops), TILES
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return the rows [T, D] and, empty unless ``keep``, their norm [R, D], h [R, F], mean and rstd [R]."""
+    experts, rows, tiles = _experts(flat, scaled), _ranges(stops), _tiles(products)
     total, (hidden, width), device = stops[-1], experts[0][2].shape, x_TD.device
     wide = torch.promote_types(x_TD.dtype, experts[0][5].dtype)
     out_TD = torch.empty(x_TD.shape, dtype=wide, device=device) if index_R is None else x_TD.to(wide, copy=True)
-    h_RF = torch.empty(total if keep else 0, hidden, dtype=products, device=device)
-    mean_R, rstd_R = (torch.empty(total, dtype=torch.float32, device=device) for _ in range(2))
+    kept = total if keep else 0
     if total == 0:
-        return out_TD, h_RF, mean_R, rstd_R
+        return out_TD, *_new_saved(x_TD, 0, hidden, products)
     x_TD = x_TD.contiguous()
-    normed_RD = torch.empty(total, width, dtype=products, device=device)
-    _normalise(x_TD, index_R, experts, stops, eps, normed_RD, mean_R, rstd_R)
+    normed_RD, h_RF, mean_R, rstd_R = _new_saved(x_TD, total, hidden, products, h_rows=kept)
+    cut, (block, warps) = _cut(rows, NORM_ROWS), norm_block(width)
+    _norm_kernel[(len(cut),)](
+        x_TD,
+        x_TD if index_R is None else index_R,
+        on_device(cut, torch.int32, device),
+        _addresses([e[0] for e in experts] + [e[1] for e in experts]),
+        experts[0][0],
+        normed_RD,
+        mean_R,
+        rstd_R,
+        len(experts),
+        width,
+        eps,
+        HAS_INDEX=index_R is not None,
+        ROWS=NORM_ROWS,
+        BLOCK=block,
+        num_warps=warps,
+    )
     g_RF = torch.empty(total, hidden, dtype=products, device=device)
     fc1, fc2 = ([e[place].to(products).contiguous() for e in experts] for place in (2, 4))
     _product(GELU, normed_RD, fc1, rows, g_RF, tiles, biases=[e[3] for e in experts], h_RN=h_RF if keep else None)
@@ -582,50 +662,31 @@ def _forward(
         index_R=index_R,
         row_scale_T=row_scale_T,
     )
-    return out_TD, h_RF, mean_R, rstd_R
+    return out_TD, normed_RD[:kept], h_RF, mean_R[:kept], rstd_R[:kept]
+
+
+def _new_saved(
+    x_TD: torch.Tensor, total: int, hidden: int, products: torch.dtype, h_rows: int | None = None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return memory for the norm [R, D], h [R, F], mean and rstd [R]."""
+
+    def new(*shape: int, dtype: torch.dtype) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device=x_TD.device)
+
+    normed_RD = new(total, x_TD.shape[1], dtype=products)
+    h_RF = new(total if h_rows is None else h_rows, hidden, dtype=products)
+    return normed_RD, h_RF, new(total, dtype=torch.float32), new(total, dtype=torch.float32)
 
 
 @_forward.register_fake
 def _(x_TD, index_R, row_scale_T, flat, stops, scaled, eps, products, keep):
-    def new(*shape, dtype):
-        return torch.empty(shape, dtype=dtype, device=x_TD.device)
-
-    out_TD = new(*x_TD.shape, dtype=torch.promote_types(x_TD.dtype, flat[5].dtype))
-    h_RF = new(stops[-1] if keep else 0, flat[2].shape[0], dtype=products)
-    return out_TD, h_RF, new(stops[-1], dtype=torch.float32), new(stops[-1], dtype=torch.float32)
+    wide = torch.promote_types(x_TD.dtype, flat[5].dtype)
+    out_TD = torch.empty(x_TD.shape, dtype=wide, device=x_TD.device)
+    return out_TD, *_new_saved(x_TD, stops[-1] if keep else 0, flat[2].shape[0], products)
 
 
 def _ranges(stops: Sequence[int]) -> list[tuple[int, int]]:
     return list(zip([0, *stops[:-1]], stops, strict=True))
-
-
-def _normalise(
-    x_TD: torch.Tensor,
-    index_R: torch.Tensor | None,
-    experts: list[list[torch.Tensor]],
-    stops: Sequence[int],
-    eps: float,
-    normed_RD: torch.Tensor,
-    mean_R: torch.Tensor,
-    rstd_R: torch.Tensor,
-) -> None:
-    width = x_TD.shape[1]
-    _norm_kernel[(len(normed_RD),)](
-        x_TD,
-        x_TD if index_R is None else index_R,
-        _addresses([e[0] for e in experts] + [e[1] for e in experts]),
-        experts[0][0],
-        _on_device(list(stops), torch.int32, x_TD.device),
-        normed_RD,
-        mean_R,
-        rstd_R,
-        len(experts),
-        width,
-        eps,
-        HAS_INDEX=index_R is not None,
-        BLOCK=triton.next_power_of_2(width),
-        num_warps=TILES.norm_warps,
-    )
 
 
 @torch.library.custom_op("mmd2v::expert_mlp_backward", mutates_args=())
@@ -637,82 +698,114 @@ def _backward(
     flat: Sequence[torch.Tensor],
     stops: Sequence[int],
     scaled: bool,
-    eps: float,
+    normed_RD: torch.Tensor,
     h_RF: torch.Tensor,
     mean_R: torch.Tensor,
     rstd_R: torch.Tensor,
 ) -> list[torch.Tensor]:
     """Return the gradient of ``x`` and those of ``flat``."""
-    experts, rows, tiles = _experts(flat, scaled), _ranges(stops), TILES
+    experts, rows, tiles = _experts(flat, scaled), _ranges(stops), _tiles(h_RF.dtype)
     total, width, products, device = stops[-1], x_TD.shape[1], h_RF.dtype, x_TD.device
     dx_TD = torch.empty_like(x_TD) if index_R is None else dout_TD.to(x_TD.dtype, copy=True)
     if total == 0:
         return [dx_TD, *(torch.zeros_like(t) for t in flat)]
     x_TD, dout_TD = x_TD.contiguous(), dout_TD.contiguous()
-    u_RD = dout_TD if index_R is None else dout_TD[index_R]  # the branch's gradient before the layer scale
-    if row_scale_T is not None:
-        u_RD = u_RD * (row_scale_T if index_R is None else row_scale_T[index_R])[:, None]
-    sum_u = [u_RD[start:stop].sum(dim=0, dtype=torch.float32) for start, stop in rows]
-    u_RD = u_RD.to(products).contiguous()
+    u_RD, dt_RD, sum_u = _branch_gradient(dout_TD, index_R, row_scale_T, experts, rows, scaled, products, tiles)
     fc1, fc2 = ([e[place].to(products).contiguous() for e in experts] for place in (2, 4))
-    if scaled:
-        fc2 = [(e[4] * e[6][:, None]).to(products) for e in experts]
     g_RF, dh_RF = torch.empty_like(h_RF), torch.empty_like(h_RF)
-    db1 = _product(GELU_GRADIENT, u_RD, fc2, rows, dh_RF, tiles, transposed=True, h_RN=h_RF, x=g_RF)
+    db1 = _product(GELU_GRADIENT, dt_RD, fc2, rows, dh_RF, tiles, transposed=True, h_RN=h_RF, x=g_RF)
     dw2 = _weight_gradient(u_RD, g_RF, rows, tiles)
     del g_RF, u_RD
-    normed_RD = torch.empty(total, width, dtype=products, device=device)
-    _normalise(x_TD, index_R, experts, stops, eps, normed_RD, torch.empty_like(mean_R), torch.empty_like(rstd_R))
     dw1 = _weight_gradient(dh_RF, normed_RD, rows, tiles)
-    dnormed_RD = normed_RD  # in the place of what is not needed any more
+    dnormed_RD = dt_RD if dt_RD is not dout_TD else torch.empty_like(dt_RD)  # its memory is not needed any more
     _product(PLAIN, dh_RF, fc1, rows, dnormed_RD, tiles, transposed=True)
-    cut = _cut(rows, tiles.norm)
-    dweight_PD, dbias_PD = (torch.empty(len(cut), width, dtype=torch.float32, device=device) for _ in range(2))
+    cut, (block, warps) = _cut(rows, tiles.norm), norm_block(width)
+    partial_2PD = torch.empty(2, len(cut), width, dtype=torch.float32, device=device)
     _norm_backward_kernel[(len(cut),)](
         dnormed_RD,
         x_TD,
         dout_TD,
         x_TD if index_R is None else index_R,
-        _on_device(cut, torch.int32, device),
+        on_device(cut, torch.int32, device),
         _addresses([e[0] for e in experts]),
         experts[0][0],
         mean_R,
         rstd_R,
         dx_TD,
-        dweight_PD,
-        dbias_PD,
+        partial_2PD[0],
+        partial_2PD[1],
         width,
         HAS_INDEX=index_R is not None,
-        BLOCK=triton.next_power_of_2(width),
-        num_warps=TILES.norm_backward_warps,
+        ROWS=NORM_ROWS,
+        BLOCK=block,
+        num_warps=warps,
     )
-    dnorm_weight, dnorm_bias = (_per_expert(p, cut, len(rows)) for p in (dweight_PD, dbias_PD))
+    dnorm_weight, dnorm_bias = (_per_expert(p, cut, len(rows)) for p in partial_2PD)
     found = [dx_TD]
     for i, e in enumerate(experts):
         gradients = [dnorm_weight[i], dnorm_bias[i], dw1[i], db1[i], dw2[i], sum_u[i]]
         if scaled:
             # fc2's output is not kept: its product with u is read off the weight's gradient.
-            gradients.append((dw2[i] * e[4]).sum(dim=1) + sum_u[i] * e[5])
-            gradients[4:6] = dw2[i] * e[6][:, None], sum_u[i] * e[6]
+            gradients.append(torch.linalg.vecdot(dw2[i], e[4].to(dw2[i].dtype)).addcmul_(sum_u[i], e[5]))
+            gradients[4:6] = dw2[i].mul_(e[6][:, None]), sum_u[i] * e[6]
         found += [gradient.to(t.dtype) for gradient, t in zip(gradients, e, strict=True)]
     return found
 
 
 @_backward.register_fake
-def _(dout_TD, x_TD, index_R, row_scale_T, flat, stops, scaled, eps, h_RF, mean_R, rstd_R):
+def _(dout_TD, x_TD, index_R, row_scale_T, flat, stops, scaled, normed_RD, h_RF, mean_R, rstd_R):
     return [torch.empty_like(x_TD), *(torch.empty_like(t) for t in flat)]
 
 
+def _branch_gradient(
+    dout_TD: torch.Tensor,
+    index_R: torch.Tensor | None,
+    row_scale_T: torch.Tensor | None,
+    experts: list[list[torch.Tensor]],
+    rows: Sequence[tuple[int, int]],
+    scaled: bool,
+    products: torch.dtype,
+    tiles: Tiles,
+) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]]:
+    """Return the gradient of the branch without and with its layer scale, [R, D], and its sums of columns, fp32 [D]."""
+    shape, device = (rows[-1][1], dout_TD.shape[1]), dout_TD.device
+    own = index_R is not None or row_scale_T is not None or dout_TD.dtype != products
+    u_RD = torch.empty(shape, dtype=products, device=device) if own else dout_TD
+    dt_RD = torch.empty(shape, dtype=products, device=device) if scaled else u_RD
+    height, wide = tiles.epilogue
+    cut = _cut(rows, height)
+    sums_PD = torch.empty(len(cut), shape[1], dtype=torch.float32, device=device)
+    _branch_gradient_kernel[(len(cut), triton.cdiv(shape[1], wide))](
+        dout_TD,
+        dout_TD if index_R is None else index_R,
+        dout_TD if row_scale_T is None else row_scale_T,
+        on_device(cut, torch.int32, device),
+        _addresses([e[6] for e in experts]) if scaled else dout_TD,
+        experts[0][-1],
+        u_RD,
+        dt_RD,
+        sums_PD,
+        shape[1],
+        HAS_INDEX=index_R is not None,
+        HAS_SCALE=scaled,
+        HAS_ROW_SCALE=row_scale_T is not None,
+        KEEP=own,
+        ROWS=height,
+        COLUMNS=wide,
+        num_warps=tiles.epilogue_warps,
+    )
+    return u_RD, dt_RD, _per_expert(sums_PD, cut, len(rows))
+
+
 def _set_up(ctx: Any, inputs: tuple, output: tuple) -> None:
-    x_TD, index_R, row_scale_T, flat, stops, scaled, eps, _, _ = inputs
-    ctx.call = (stops, scaled, eps)
-    ctx.tensors = len(flat)
+    x_TD, index_R, row_scale_T, flat, stops, scaled, _, _, _ = inputs
+    ctx.call = (stops, scaled)
     ctx.save_for_backward(x_TD, index_R, row_scale_T, *output[1:], *flat)
 
 
 def _differentiate(ctx: Any, dout_TD: torch.Tensor, *_: torch.Tensor) -> tuple:
-    x_TD, index_R, row_scale_T, h_RF, mean_R, rstd_R, *flat = ctx.saved_tensors
-    dx_TD, *dflat = _backward(dout_TD, x_TD, index_R, row_scale_T, flat, *ctx.call, h_RF, mean_R, rstd_R)
+    x_TD, index_R, row_scale_T, normed_RD, h_RF, mean_R, rstd_R, *flat = ctx.saved_tensors
+    dx_TD, *dflat = _backward(dout_TD, x_TD, index_R, row_scale_T, flat, *ctx.call, normed_RD, h_RF, mean_R, rstd_R)
     return dx_TD, None, None, dflat, None, None, None, None, None
 
 
@@ -748,14 +841,15 @@ def configurations() -> list[Configuration]:
     arguments = {"a_ptr": rows, "tiles_ptr": "*i32", "weights_ptr": "*i64", "biases_ptr": "*i64", "scales_ptr": "*i64"}
     arguments |= dict.fromkeys(["vector_ptr", "h_ptr", "out_ptr", "x_ptr"], rows)
     arguments |= {"index_ptr": "*i64", "row_scale_ptr": rows, "sums_ptr": "*fp32", "columns": "i32", "depth": "i32"}
-    flags = ["TRANSPOSED", "EPILOGUE", "HAS_INDEX", "HAS_SCALE", "HAS_ROW_SCALE", "KEEP", "WHOLE", "PRECISION"]
+    flags = ["TRANSPOSED", "EPILOGUE", "HAS_INDEX", "HAS_SCALE", "HAS_ROW_SCALE", "HAS_BIAS", "KEEP", "EXACT", "WHOLE"]
+    flags.append("PRECISION")
     arguments |= dict.fromkeys([*flags, "ROWS", "COLUMNS", "DEPTH"], "constexpr")
     sizes = {"ROWS": tiles.rows, "COLUMNS": tiles.columns, "DEPTH": tiles.depth}
     for name, values in {
-        "fc1": (False, GELU, False, False, False, True, True, "tf32"),
-        "fc2": (False, RESIDUAL, True, True, True, False, True, "tf32"),
-        "dgrad2": (True, GELU_GRADIENT, False, False, False, True, True, "tf32"),
-        "dgrad1": (True, PLAIN, False, False, False, False, True, "tf32"),
+        "fc1": (False, GELU, False, False, False, True, True, False, True, "tf32"),
+        "fc2": (False, RESIDUAL, True, True, True, True, False, False, True, "tf32"),
+        "dgrad2": (True, GELU_GRADIENT, False, False, False, False, True, False, True, "tf32"),
+        "dgrad1": (True, PLAIN, False, False, False, False, False, False, True, "tf32"),
     }.items():
         constants = dict(zip(flags, values, strict=True)) | sizes
         if name == "dgrad2":
@@ -780,6 +874,8 @@ def configurations() -> list[Configuration]:
     after |= {n: kind for n, kind in arguments.items() if kind == "constexpr" and n not in unused}
     for one in found[:3]:
         constants = {n: value for n, value in one.constants.items() if n not in unused}
+        if one.constants["EPILOGUE"] == GELU:
+            constants |= {"HAS_BIAS": False, "KEEP": False}
         constants |= dict(zip(("ROWS", "COLUMNS"), tiles.epilogue, strict=True))
         name = f"{one.name}_epilogue"
         found.append(
@@ -795,23 +891,29 @@ def configurations() -> list[Configuration]:
             _weight_gradient_kernel,
             wgrad,
             constants,
-            tiles.warps,
+            tiles.wgrad_warps,
             tiles.stages,
             tensor_cores=True,
             aligned=("height", "columns"),
         )
     )
-    norm = {"x_ptr": rows, "index_ptr": "*i64", "weights_ptr": "*i64", "vector_ptr": rows, "stops_ptr": "*i32"}
+    norm = {"x_ptr": rows, "index_ptr": "*i64", "tiles_ptr": "*i32", "weights_ptr": "*i64", "vector_ptr": rows}
     norm |= {"normed_ptr": rows, "mean_ptr": "*fp32", "rstd_ptr": "*fp32", "experts": "i32", "width": "i32"}
-    norm |= {"eps": "fp32", "HAS_INDEX": "constexpr", "BLOCK": "constexpr"}
+    norm |= {"eps": "fp32", "HAS_INDEX": "constexpr", "ROWS": "constexpr", "BLOCK": "constexpr"}
     last = {"dnormed_ptr": rows, "x_ptr": rows, "dout_ptr": rows, "index_ptr": "*i64", "tiles_ptr": "*i32"}
     last |= {"weights_ptr": "*i64", "vector_ptr": rows, "mean_ptr": "*fp32", "rstd_ptr": "*fp32", "dx_ptr": rows}
     last |= {"dweight_ptr": "*fp32", "dbias_ptr": "*fp32", "width": "i32"}
-    last |= {"HAS_INDEX": "constexpr", "BLOCK": "constexpr"}
-    for name, kernel, signature, warps in (
-        ("norm", _norm_kernel, norm, tiles.norm_warps),
-        ("norm_backward", _norm_backward_kernel, last, tiles.norm_backward_warps),
+    last |= {"HAS_INDEX": "constexpr", "ROWS": "constexpr", "BLOCK": "constexpr"}
+    whole = {"HAS_INDEX": True, "ROWS": NORM_ROWS, "BLOCK": norm_block(768)[0]}
+    branch = {"dout_ptr": rows, "index_ptr": "*i64", "row_scale_ptr": rows, "tiles_ptr": "*i32", "scales_ptr": "*i64"}
+    branch |= {"vector_ptr": rows, "u_ptr": rows, "dt_ptr": rows, "sums_ptr": "*fp32", "width": "i32"}
+    pieces = {"HAS_INDEX": True, "HAS_SCALE": True, "HAS_ROW_SCALE": True, "KEEP": True}
+    pieces |= dict(zip(("ROWS", "COLUMNS"), tiles.epilogue, strict=True))
+    branch |= dict.fromkeys(pieces, "constexpr")
+    for name, kernel, signature, constants, warps in (
+        ("norm", _norm_kernel, norm, whole, norm_block(768)[1]),
+        ("norm_backward", _norm_backward_kernel, last, whole, norm_block(768)[1]),
+        ("branch_gradient", _branch_gradient_kernel, branch, pieces, tiles.epilogue_warps),
     ):
-        constants = {"HAS_INDEX": True, "BLOCK": 1024}
         found.append(Configuration(f"expert_mlp/{name}", kernel, signature, constants, warps, aligned=("width",)))
     return found

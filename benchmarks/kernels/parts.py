@@ -36,6 +36,7 @@ WEIGHT_GRADIENTS = [
     Tiles(),
     Tiles(stages=3),
     Tiles(chunk=16384),
+    Tiles(wgrad=(128, 128, 64), chunk=16384),
     Tiles(wgrad=(128, 256, 64), wgrad_warps=8, chunk=16384),
 ]
 EPILOGUES = [

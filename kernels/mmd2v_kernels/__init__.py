@@ -11,7 +11,7 @@ from mmd2v_kernels.dispatch import describe
 from mmd2v_kernels.distill_target import distill_loss, distill_target
 from mmd2v_kernels.expert_mlp import Expert, expert_mlp
 from mmd2v_kernels.rank_count import RankCounts, count_ahead, rank_count
-from mmd2v_kernels.routing import Route, route
+from mmd2v_kernels.routing import Route, leave_out, route
 from mmd2v_kernels.siglip import siglip
 
 __all__ = [
@@ -28,6 +28,7 @@ __all__ = [
     "distill_loss",
     "distill_target",
     "expert_mlp",
+    "leave_out",
     "rank_count",
     "route",
     "siglip",

@@ -12,7 +12,6 @@ Source: VLMo's mixture of modality experts, BEiT-3's Multiway transformer (inner
 
 from __future__ import annotations
 
-from bisect import bisect_left
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -64,13 +63,13 @@ def expert_mlp(
     """Apply ``experts[i]`` to rows ``rows[i] = (start, stop)`` of ``x_TD`` and return all rows, [T, D].
 
     ``rows`` are host integers that cover 0 … T in order, so no synchronisation is needed; an empty range is allowed.
-    ``row_scale_T`` multiplies the branch (0 drops it: stochastic depth); ``dropout`` is the probability on the
-    branch's output. ``with_branch`` returns the rows and fc2's output [T, D] (before dropout, scales and residual),
-    which data2vec calls the layer result.
+    ``row_scale_T`` multiplies the branch (0 drops it: stochastic depth, which `leave_out` makes cheaper); ``dropout``
+    is the probability on the branch's output. ``with_branch`` returns the rows and fc2's output [T, D] (before dropout,
+    scales and residual), which data2vec calls the layer result.
 
     ``index_R`` (int64 [R], no row twice) lets the rows of an expert lie anywhere: ``rows`` are then ranges of it and
-    cover 0 … R, and a row of ``x_TD`` that is not in it has no branch (`route` makes one). The branch that
-    ``with_branch`` returns is 0 there. With ``norm="post"`` every row must be in it.
+    cover 0 … R, and a row of ``x_TD`` that is not in it has no branch (`route` and `leave_out` make one). The branch
+    that ``with_branch`` returns is 0 there. With ``norm="post"`` every row must be in it.
 
     Under autocast the products are of its dtype, the sums around them of that of ``x_TD`` and the weights. Which path
     runs: `mmd2v_kernels.dispatch`. Raises ValueError when the ranges do not cover the rows or ``norm`` is neither pre
@@ -96,8 +95,6 @@ def expert_mlp(
     if path == "reference":
         out_TD, branch_RD = _reference(x_TD, experts, rows, **how, index_R=index_R)
     else:
-        if norm == "pre" and row_scale_T is not None and x_TD.device.type == "cpu" and not with_branch:
-            index_R, rows = _without_dropped(index_R, rows, row_scale_T)
         with torch.autocast(x_TD.device.type, enabled=False):
             if path == "triton":
                 from mmd2v_kernels.expert_mlp_triton import triton_expert_mlp
@@ -148,19 +145,6 @@ def _no_kernel(experts: Sequence[Expert], norm: str, dropout: float, with_branch
     if len({expert.eps for expert in experts}) != 1:
         return "the kernels have one epsilon"
     return None
-
-
-def _without_dropped(
-    index_R: torch.Tensor | None, rows: Sequence[tuple[int, int]], row_scale_T: torch.Tensor
-) -> tuple[torch.Tensor | None, Sequence[tuple[int, int]]]:
-    """Leave out the rows whose scale is 0. Reads the scale: for the CPU alone, where nothing waits for it."""
-    kept = row_scale_T if index_R is None else row_scale_T[index_R]
-    kept_R = kept.nonzero()[:, 0]
-    if 8 * len(kept_R) > 7 * len(kept):  # fewer products would not make up for the gather
-        return index_R, rows
-    places = kept_R.tolist()
-    shorter = [(bisect_left(places, start), bisect_left(places, stop)) for start, stop in rows]
-    return kept_R if index_R is None else index_R[kept_R], shorter
 
 
 def _everywhere(branch_RD: torch.Tensor, index_R: torch.Tensor | None, total: int) -> torch.Tensor:

@@ -51,7 +51,7 @@ class Tiles:
     depth: int = 64
     warps: int = 8
     stages: int = 4
-    wgrad: tuple[int, int, int] = (128, 128, 64)
+    wgrad: tuple[int, int, int] = (128, 128, 32)
     """Rows and columns of a weight, and rows summed at a time."""
     wgrad_warps: int = 4
     chunk: int = 8192

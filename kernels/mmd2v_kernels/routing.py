@@ -1,16 +1,17 @@
-"""Which rows go to which expert, worked out on the host before anything runs.
+"""Which rows go to which expert, if to any, worked out on the host before anything runs.
 
 Shapes: T rows, R rows that pass an expert.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
-__all__ = ["Route", "route"]
+__all__ = ["Route", "leave_out", "route"]
 
 
 class Route(NamedTuple):
@@ -42,8 +43,22 @@ def route(
     rows = list(zip([0, *stops[:-1]], stops, strict=True))
     if np.array_equal(index, np.arange(len(expert_of_row))):
         return Route(None, rows)
-    on_host = torch.from_numpy(index)
-    device = torch.device(device)
+    return Route(_copied(index, device), rows)
+
+
+def leave_out(rows: Sequence[tuple[int, int]], keep: np.ndarray, device: torch.device | str) -> Route:
+    """Take rows that lie in order out of their experts' ranges: those that stochastic depth drops.
+
+    ``rows`` are consecutive ranges from 0 to T, ``keep`` is bool [T]. One copy to the device, which is not waited for.
+    """
+    index = np.flatnonzero(keep)
+    stops = np.searchsorted(index, [stop for _, stop in rows]).tolist()
+    kept = list(zip([0, *stops[:-1]], stops, strict=True))
+    return Route(None if len(index) == len(keep) else _copied(index, device), kept)
+
+
+def _copied(index: np.ndarray, device: torch.device | str) -> torch.Tensor:
+    on_host, device = torch.from_numpy(index), torch.device(device)
     if device.type == "cuda":
-        return Route(on_host.pin_memory().to(device, non_blocking=True), rows)
-    return Route(on_host.to(device), rows)
+        return on_host.pin_memory().to(device, non_blocking=True)
+    return on_host.to(device)

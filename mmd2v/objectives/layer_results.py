@@ -13,7 +13,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
-import torch.nn.functional as F
 
 from mmd2v.config.schema import LayerResultsConfig, TokenEncoderConfig
 from mmd2v.data.batch import Batch
@@ -21,7 +20,7 @@ from mmd2v.errors import UserError
 from mmd2v.models.student import Student, StudentOutput, Wanted
 from mmd2v.models.teachers import Needs, Targets, Teacher
 from mmd2v.objectives.base import Objective, token_mean, weighted_mean
-from mmd2v_kernels import distill_target
+from mmd2v_kernels import distill_loss, distill_target
 
 
 class LayerResults(Objective):
@@ -84,10 +83,8 @@ class LayerResults(Objective):
                 f"'{self.config.teacher}' {list(teacher.layer_results[0].shape)}: they see different tokens"
             )
         normalise = {"mask_BT": is_token_BT, "final_layer_norm": self.final_norm}
-        target_BTD = distill_target(teacher.layer_results, **normalise)
         prediction_BTD = distill_target(own, **normalise)
-        distance = F.mse_loss if self.config.loss == "mse" else F.smooth_l1_loss
-        loss_BT = distance(prediction_BTD, target_BTD, reduction="none").mean(dim=-1)
+        loss_BT = distill_loss(teacher.layer_results, prediction_BTD, loss=self.config.loss, **normalise)
         counts_BT = self._kept(teacher, is_token_BT)
         weights = batch.caption_weights if self.kind == "text" else batch.weights
         loss = weighted_mean(token_mean(loss_BT, counts_BT), weights, batch.mean_over)

@@ -139,6 +139,10 @@ def _ingredients(
     return groups, build_optimizer(config, groups, world.device), options
 
 
+PRODUCTS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, "bf16_autocast": torch.bfloat16}
+"""`engine.precision` → dtype of matrix products."""
+
+
 def _check_precision(config: Config, world: World) -> None:
     precision = config.engine.precision
     if precision == "fp16" and world.device.type == "cpu":

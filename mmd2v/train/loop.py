@@ -37,7 +37,7 @@ from mmd2v.train.checkpoints.loading import load_checkpoint
 from mmd2v.train.checkpoints.manifest import Manifest, describe
 from mmd2v.train.checkpoints.saving import Checkpointer
 from mmd2v.train.damage import DamageWatch
-from mmd2v.train.engine import Engine
+from mmd2v.train.engine import PRODUCTS, Engine
 from mmd2v.train.evaluation import check_evaluation, evaluate, recall_line
 from mmd2v.train.finite import ADVICE, Diverged, check_weights, diverged
 from mmd2v.train.metrics import (
@@ -57,6 +57,7 @@ from mmd2v.train.schedule import Schedule, build_schedule
 from mmd2v.train.skipping import LossWatch, RunningStatistics
 from mmd2v.train.stability import RollBacks, SkipTally, SpikeGuard
 from mmd2v.train.token_batches import prepare_token_order
+from mmd2v_kernels import describe as describe_kernels
 
 
 def train(config: Config, resume: str | None = None) -> None:
@@ -530,6 +531,7 @@ class Run:
         self.reporter.say(f"run {self.config.name} on {device}: {self.plan}, {self.steps} steps")
         if self.tokens is not None:
             self.reporter.say(f"an epoch: {self.tokens}")
+        self.reporter.say(describe_kernels(self.world.device, PRODUCTS[self.config.engine.precision]))
         self.reporter.say(f"optimiser: {self.engine.description}")
         for source in sources.values():
             self.reporter.say(source.said)

@@ -7,7 +7,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
-from mmd2v_kernels import Expert, expert_mlp, expert_mlp_segmented, route
+from mmd2v_kernels import Expert, expert_mlp, expert_mlp_segmented, leave_out, route
 
 WIDTH, HIDDEN = 24, 40
 HALVES = [torch.bfloat16, torch.float16]
@@ -109,8 +109,8 @@ def test_interleaved_rows_go_through_a_permutation(monkeypatch):
                 torch.testing.assert_close(branch[mine], result)
 
 
-@pytest.mark.parametrize("given", [False, True])
-def test_rows_that_are_left_out_cost_no_product_and_pass_their_gradient_on(given, monkeypatch):
+@pytest.mark.parametrize("ordered", [False, True])
+def test_rows_that_are_left_out_cost_no_product_and_pass_their_gradient_on(ordered, monkeypatch):
     experts = [make_expert(WIDTH, HIDDEN) for _ in range(2)]
     x, weight = torch.randn(120, WIDTH, dtype=torch.float64), torch.randn(1, 120, WIDTH, dtype=torch.float64)
     keep = torch.arange(120) % 3 != 1
@@ -119,15 +119,15 @@ def test_rows_that_are_left_out_cost_no_product_and_pass_their_gradient_on(given
     expected = results(
         x, experts, rows, weight, monkeypatch=monkeypatch, path="reference", norm="pre", row_scale_T=row_scale
     )
-    index = None
-    if given:
+    if ordered:
+        plan = leave_out(rows, keep.numpy(), "cpu")
+    else:
         plan = route((torch.arange(120) >= 70).long().numpy(), 2, "cpu", keep=keep.numpy())
-        index, rows = plan.index_R, plan.rows
     monkeypatch.setenv("MMD2V_KERNELS", "segmented")
     with FlopCounterMode(display=False) as all_rows:
         results(x, experts, [(0, 70), (70, 120)], weight, norm="pre")
     with FlopCounterMode(display=False) as counter:
-        found = results(x, experts, rows, weight, norm="pre", row_scale_T=row_scale, index_R=index)
+        found = results(x, experts, plan.rows, weight, norm="pre", row_scale_T=row_scale, index_R=plan.index_R)
     assert 120 * counter.get_total_flops() == int(keep.sum()) * all_rows.get_total_flops() > 0
     for name in expected:
         torch.testing.assert_close(found[name], expected[name])

@@ -1,10 +1,13 @@
 """Layers of every ownership against plain transformer blocks, and what is shared by whom."""
 
+import dataclasses
+
 import pytest
 import torch
 import torch.nn.functional as F
 
 from mmd2v.config.schema import LayerConfig
+from mmd2v.models import layers
 from mmd2v.models.initialisation import init_random
 from mmd2v.models.layers import Layer
 from mmd2v.models.packed import Layout
@@ -85,6 +88,28 @@ def test_drop_path_drops_whole_sequences_and_keeps_the_mean():
     assert untouched[:, 0].double().mean().item() == pytest.approx(0.25, abs=0.06)
     layer.eval()
     assert torch.equal(layer(x, layout), layer(x, layout))
+
+
+@pytest.mark.parametrize("joint", [False, True])
+def test_rows_of_dropped_sequences_left_out_give_the_layer_that_multiplies_them_by_0(joint, monkeypatch):
+    layer = make(kind="mome", drop_path=0.4).train()
+    layout = Layout.build({"image": [3] * 8, "text": [2] * 8}, torch.device("cpu"))
+    layout = dataclasses.replace(layout, joint=joint)
+    x = torch.randn(layout.total, WIDTH, dtype=torch.float64)
+    passed, found = [], {}
+    compute = layers.expert_mlp
+    monkeypatch.setattr(
+        layers, "expert_mlp", lambda *args, **kwargs: passed.append(args[2][-1][1]) or compute(*args, **kwargs)
+    )
+    for pays in (False, True):
+        monkeypatch.setattr(Layer, "_pays", lambda *_, pays=pays: pays)
+        torch.manual_seed(0)
+        own = x.clone().requires_grad_()
+        out = layer(own, layout)
+        found[pays] = [out, *torch.autograd.grad(out.square().sum(), [own, *layer.mlp.parameters()])]
+    assert passed[0] == layout.total > passed[1] > 0
+    for scaled, left_out in zip(*found.values(), strict=True):
+        torch.testing.assert_close(left_out, scaled)
 
 
 def test_dropout_is_off_outside_training():

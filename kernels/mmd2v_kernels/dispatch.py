@@ -32,6 +32,8 @@ OFFERS = {
     "expert_mlp": ("triton", "segmented", "reference"),
     "distill_target": ("triton", "reference"),
     "add_layer_norm": ("triton", "reference"),
+    "rank_count": ("triton", "reference"),
+    "cosine_topk": ("triton", "reference"),
 }
 """Operator → its paths, the fastest first."""
 

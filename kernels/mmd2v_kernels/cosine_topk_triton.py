@@ -56,7 +56,7 @@ class Sizes:
 SIZES = Sizes()
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "columns", "bins"])  # one form for any number of rows
 def _maxima_kernel(
     a_ptr,  # 16 bits [n, K]
     b_ptr,  # 16 bits [m, K]
@@ -91,7 +91,7 @@ def _maxima_kernel(
     tl.store(maxima_ptr + row.to(tl.int64)[:, None] * bins + place[None, :], best, mask=(row < rows)[:, None])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["chosen", "columns"])
 def _candidates_kernel(
     a_ptr,  # 16 bits [n, K]
     b_ptr,  # 16 bits [m, K]

@@ -32,7 +32,7 @@ _TINY = 2.0**-62
 """Squares of anything smaller may vanish in fp32, so the norms that are added up in it may lack that much."""
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _operand_kernel(
     rows_ptr,  # [n, D]
     operand_ptr,  # 16 bits [n, D] out, if STORE
@@ -81,7 +81,7 @@ def _fold_eight(left_ptr, right_ptr, mask, step):
     return low + high
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["pairs"])
 def _pairs_kernel(
     left_ptr,  # [n, D]
     right_ptr,  # [m, D]

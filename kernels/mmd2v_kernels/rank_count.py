@@ -1,16 +1,19 @@
 """Ranks of the best positives in both directions from one pass over the scores, without keeping the N×M matrix.
 
-This is the float64 reference form. Shapes: N queries (rows), M bank rows (columns), D width, P positive pairs.
+The reference form counts float64 products; on a GPU `rank_count_triton` counts faster ones and gives the same numbers.
+
+Shapes: N queries (rows), M bank rows (columns), D width, P positive pairs.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 
-from mmd2v_kernels.retrieval_order import check_embeddings, exact_pairs, product_error
+from mmd2v_kernels.dispatch import choose
+from mmd2v_kernels.rank_sides import Side
+from mmd2v_kernels.retrieval_order import check_embeddings, check_shapes, exact_pairs, product_error
 
 
 class RankCounts(NamedTuple):
@@ -67,17 +70,52 @@ def count_ahead(
     of their counts is that of the whole. Rows without positive count nothing. Memory beyond the inputs: one block of
     scores and the pairs in it that are too close to call. Raises ValueError as `rank_count` does.
     """
-    check_embeddings(queries_ND, bank_MD)
+    path = _path(queries_ND, bank_MD)
+    (check_shapes if path == "triton" else check_embeddings)(queries_ND, bank_MD)  # the kernels see what is not finite
     _check_positives(positives_P2, len(queries_ND), len(bank_MD))
-    device = queries_ND.device
-    pairs_2P = positives_P2.to(device).t()
-    score_P = exact_pairs(queries_ND, bank_MD, pairs_2P[0], pairs_2P[1])
-    row = _Side.of_best(pairs_2P[0], pairs_2P[1], score_P, len(queries_ND))
-    column = _Side.of_best(pairs_2P[1], pairs_2P[0], score_P, len(bank_MD))
-    error_N = product_error(queries_ND, bank_MD)
+    pairs_2P = positives_P2.to(queries_ND.device).t().contiguous()
     first, last = rows if rows is not None else (0, len(queries_ND))
-    for top in range(first, last, block_rows):
-        bottom = min(top + block_rows, last)
+
+    def in_float64(row: Side, column: Side, top: int, bottom: int) -> None:
+        _count(queries_ND, bank_MD, pairs_2P, row, column, range(top, bottom, block_rows), bottom, block_columns)
+
+    if path == "triton":
+        from mmd2v_kernels.rank_count_triton import count_sides
+
+        sides = count_sides(queries_ND, bank_MD, pairs_2P, first, last, in_float64)
+        if sides is not None:
+            return RankCounts(sides[0].counts, sides[1].counts)
+    score_P = exact_pairs(queries_ND, bank_MD, pairs_2P[0], pairs_2P[1])
+    row = Side.of_best(pairs_2P[0], pairs_2P[1], score_P, len(queries_ND))
+    column = Side.of_best(pairs_2P[1], pairs_2P[0], score_P, len(bank_MD))
+    in_float64(row, column, first, last)
+    return RankCounts(row.counts, column.counts)
+
+
+def _path(queries_ND: torch.Tensor, bank_MD: torch.Tensor) -> str:
+    obstacle = None
+    if torch.float64 in (queries_ND.dtype, bank_MD.dtype):
+        obstacle = "the kernels have no float64"
+    elif queries_ND.device != bank_MD.device:
+        obstacle = "the bank is on another device"
+    obstacles = {} if obstacle is None else {"triton": obstacle}
+    return choose("rank_count", queries_ND.device, queries_ND.dtype, rows=len(queries_ND), obstacles=obstacles).path
+
+
+def _count(
+    queries_ND: torch.Tensor,
+    bank_MD: torch.Tensor,
+    pairs_2P: torch.Tensor,
+    row: Side,
+    column: Side,
+    tops: range,
+    last: int,
+    block_columns: int,
+) -> None:
+    """Count blocks of rows by float64 products."""
+    error_N = product_error(queries_ND, bank_MD)
+    for top in tops:
+        bottom = min(top + tops.step, last)
         inside = (pairs_2P[0] >= top) & (pairs_2P[0] < bottom)
         near_2P = pairs_2P[:, inside]
         queries_nD = queries_ND[top:bottom].double()
@@ -93,52 +131,6 @@ def count_ahead(
 
             r, c = column.count(scores_nm, column.threshold[None, left:right], error, dim=0, offset=left)
             column.settle(c + left, r + top, exact_pairs(queries_ND, bank_MD, r + top, c + left))
-    return RankCounts(row.counts, column.counts)
-
-
-@dataclass
-class _Side:
-    """The items of one side, each with its best positive, and what has been counted against them so far."""
-
-    threshold: torch.Tensor
-    """float64 [n], exact score of the best positive; +inf without one, so that nothing counts."""
-    best: torch.Tensor
-    """int64 [n], index of the best positive on the other side."""
-    counts: torch.Tensor
-    """int64 [3, n], see `RankCounts`."""
-
-    @classmethod
-    def of_best(cls, items_P: torch.Tensor, others_P: torch.Tensor, score_P: torch.Tensor, n: int) -> _Side:
-        """Find the best of each item's positives: highest score, then lowest index."""
-        threshold = torch.full((n,), -torch.inf, dtype=torch.float64, device=score_P.device)
-        threshold.scatter_reduce_(0, items_P, score_P, "amax")
-        is_best = score_P == threshold[items_P]
-        best = torch.full((n,), torch.iinfo(torch.int64).max, device=score_P.device)
-        best.scatter_reduce_(0, items_P[is_best], others_P[is_best], "amin")
-        threshold[threshold == -torch.inf] = torch.inf
-        return cls(threshold, best, torch.zeros(3, n, dtype=torch.int64, device=score_P.device))
-
-    def count(
-        self, scores_nm: torch.Tensor, threshold: torch.Tensor, error: float, dim: int, offset: int
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Count the scores surely above ``threshold``; return (row, column) in the block of those too close to call."""
-        above = scores_nm > threshold + error
-        not_below = scores_nm >= threshold - error
-        number = above.sum(dim, dtype=torch.int32)
-        self.counts[0, offset : offset + len(number)] += number
-        if bool((not_below.sum(dim, dtype=torch.int32) == number).all()):
-            empty = torch.zeros(0, dtype=torch.int64, device=scores_nm.device)
-            return empty, empty
-        rows, columns = (not_below ^ above).nonzero(as_tuple=True)
-        return rows, columns
-
-    def settle(self, items: torch.Tensor, others: torch.Tensor, score: torch.Tensor) -> None:
-        """Count pairs that needed their exact score."""
-        tied = score == self.threshold[items]
-        for kind, chosen in enumerate(
-            (score > self.threshold[items], tied & (others < self.best[items]), tied & (others > self.best[items]))
-        ):
-            self.counts[kind].index_add_(0, items[chosen], torch.ones_like(items[chosen]))
 
 
 def _check_positives(positives_P2: torch.Tensor, n: int, m: int) -> None:

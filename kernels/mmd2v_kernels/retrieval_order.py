@@ -14,6 +14,9 @@ import torch
 _PAIR_ELEMENTS = 1 << 18
 """Float64 products held at once while pairs are scored again: 2 MiB, which stays in a core's cache."""
 
+_CHECKED_ROWS = 1 << 14
+"""Rows looked at for NaN at once: a mask of a whole bank would be a quarter of it."""
+
 
 def exact_dot(left_PD: torch.Tensor, right_PD: torch.Tensor) -> torch.Tensor:
     """Return the float64 dot product of each pair of rows, [P].
@@ -21,13 +24,20 @@ def exact_dot(left_PD: torch.Tensor, right_PD: torch.Tensor) -> torch.Tensor:
     Products of values stored in up to 24 bits are exact in float64; the sum folds the upper half onto the lower one
     until a single column is left, with elementwise additions, which IEEE 754 fixes to the last bit on any device.
     """
-    sums = left_PD.double() * right_PD.double()
-    width = sums.shape[1]
+    return fold(left_PD.double() * right_PD.double())
+
+
+def fold(sums_PD: torch.Tensor) -> torch.Tensor:
+    """Return the sum of each row, [P], in the order of `exact_dot`; overwrites ``sums_PD``.
+
+    Of a width that is a multiple of two, half of the work may have been done before: the order stays.
+    """
+    width = sums_PD.shape[1]
     while width > 1:
         half = (width + 1) // 2
-        sums[:, : width - half] += sums[:, half:width]
+        sums_PD[:, : width - half] += sums_PD[:, half:width]
         width = half
-    return sums[:, 0].clone()
+    return sums_PD[:, 0].clone()
 
 
 def exact_pairs(
@@ -71,20 +81,33 @@ def product_error(queries_ND: torch.Tensor, bank_MD: torch.Tensor) -> torch.Tens
     Algorithms, §3.1); both sums err, and a third share covers the rounding of the comparison. Σ|q·b| ≤ ‖q‖₁·max|b|.
     """
     gamma = (queries_ND.shape[1] + 2) * 2.0**-53
-    return 3 * gamma * queries_ND.abs().sum(1, dtype=torch.float64) * bank_MD.abs().max().double()
+    lowest, highest = bank_MD.aminmax()  # not of abs(), which would copy the bank
+    largest = torch.maximum(-lowest, highest).double()
+    return 3 * gamma * queries_ND.abs().sum(1, dtype=torch.float64) * largest
 
 
 def check_embeddings(queries_ND: torch.Tensor, bank_MD: torch.Tensor) -> None:
     """Raise ValueError unless both are finite floating matrices of one width, on one device, with at least one row."""
+    check_shapes(queries_ND, bank_MD)
+    check_finite(queries=queries_ND, bank=bank_MD)
+    if queries_ND.device != bank_MD.device:
+        raise ValueError(f"queries are on {queries_ND.device}, but the bank is on {bank_MD.device}")
+
+
+def check_shapes(queries_ND: torch.Tensor, bank_MD: torch.Tensor) -> None:
+    """Raise ValueError unless both are floating matrices of one width with at least one row."""
     for name, matrix in (("queries", queries_ND), ("bank", bank_MD)):
         if matrix.ndim != 2 or 0 in matrix.shape:
             raise ValueError(f"{name}: expected a matrix [rows, width] without empty sides, found {list(matrix.shape)}")
         if not matrix.is_floating_point():
             raise ValueError(f"{name}: expected floating point embeddings, found {matrix.dtype}")
-        if not bool(torch.isfinite(matrix).all()):
-            bad = int((~torch.isfinite(matrix).all(1)).sum())
-            raise ValueError(f"{name}: {bad} of {len(matrix)} rows hold NaN or infinity")
     if queries_ND.shape[1] != bank_MD.shape[1]:
         raise ValueError(f"queries are {queries_ND.shape[1]} wide, but the bank is {bank_MD.shape[1]} wide")
-    if queries_ND.device != bank_MD.device:
-        raise ValueError(f"queries are on {queries_ND.device}, but the bank is on {bank_MD.device}")
+
+
+def check_finite(**matrices: torch.Tensor) -> None:
+    """Raise ValueError for a matrix that holds NaN or infinity."""
+    for name, matrix in matrices.items():
+        bad = sum(int((~torch.isfinite(rows).all(1)).sum()) for rows in matrix.split(_CHECKED_ROWS))
+        if bad:
+            raise ValueError(f"{name}: {bad} of {len(matrix)} rows hold NaN or infinity")

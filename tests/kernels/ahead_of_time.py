@@ -15,7 +15,14 @@ import sys
 import tempfile
 from pathlib import Path
 
-MODULES = ("add_layer_norm_triton", "distill_target_triton", "expert_mlp_triton")
+MODULES = (
+    "add_layer_norm_triton",
+    "cosine_topk_triton",
+    "distill_target_triton",
+    "expert_mlp_triton",
+    "rank_count_triton",
+    "retrieval_triton",
+)
 ARCHITECTURES = (80, 90)
 TENSOR_CORES = re.compile(r"\b(?:HMMA|HGMMA|IMMA|DMMA)\b")
 

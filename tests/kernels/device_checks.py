@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 
+import retrieval_checks
 import torch
 import torch.nn.functional as F
 from expert_samples import assert_as_good, in_dtype, make_expert, tensors_of
@@ -299,7 +300,7 @@ def all_checks(interpreted: bool) -> dict[str, Check]:
     found["expert_mlp/no_gradient"] = check_no_gradient_keeps_nothing
     found["expert_mlp/operator"] = check_operator("expert_mlp", mlp_arguments)
     found["distill/operator"] = check_operator("distill_loss", distill_arguments)
-    return found
+    return found | retrieval_checks.all_checks(interpreted)
 
 
 def names(dtypes: Sequence[str], interpreted: bool) -> list[str]:
@@ -310,6 +311,7 @@ def names(dtypes: Sequence[str], interpreted: bool) -> list[str]:
         for check in all_checks(interpreted)
         for dtype in dtypes
         if not (check.startswith("expert_mlp/") and check.endswith(once) and dtype != "float32")
+        and not (interpreted and check.endswith(retrieval_checks.SLOW_IN_THE_INTERPRETER) and dtype != "float32")
         and not (check.endswith("autocast") and dtype == "float32")
     ]
 

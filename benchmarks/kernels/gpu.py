@@ -34,7 +34,7 @@ from measuring import (
     times_ms,
 )
 
-from mmd2v_kernels import Expert, add_layer_norm, distill_loss, distill_target, expert_mlp
+from mmd2v_kernels import Expert, add_layer_norm, distill_loss, distill_target, expert_mlp, leave_out
 from mmd2v_kernels.dispatch import OFFERS, PARTS
 
 ROUNDS = 20
@@ -83,7 +83,7 @@ def path_of(provider: str):
 
 
 def _forced(provider: str) -> str:
-    if provider == CHOSEN:
+    if provider.startswith(CHOSEN):
         return "auto"
     if provider not in ("triton", "segmented", LIBRARY):
         return "reference"
@@ -94,8 +94,10 @@ def _forced(provider: str) -> str:
     return ",".join([f"{operator}=triton" for operator in OFFERS] + parts)
 
 
-def expert_problem(device: torch.device, dtype: torch.dtype, counts: Sequence[int], width: int) -> Problem:
-    """A layer's MLP with two experts, contiguous rows, layer scale."""
+def expert_problem(
+    device: torch.device, dtype: torch.dtype, counts: Sequence[int], width: int, dropped: float = 0.0
+) -> Problem:
+    """A layer's MLP with two experts, contiguous rows, layer scale; some rows dropped by stochastic depth."""
     torch.manual_seed(0)
     hidden, total = 4 * width, sum(counts)
 
@@ -118,18 +120,28 @@ def expert_problem(device: torch.device, dtype: torch.dtype, counts: Sequence[in
     stops = [sum(counts[: i + 1]) for i in range(len(counts))]
     rows = list(zip([0, *stops[:-1]], stops, strict=True))
 
+    keep = torch.rand(total) >= dropped
+    scale = None if not dropped else (keep / (1 - dropped)).to(dtype).to(device)
+
     def ours() -> torch.Tensor:
-        return expert_mlp(x, experts, rows, norm="pre")
+        return expert_mlp(x, experts, rows, norm="pre", row_scale_T=scale)
 
     forward: dict[str, Callable[[], Any]] = {"reference": ours, "segmented": ours, CHOSEN: ours}
     if triton_runs(device, dtype):
         forward["triton"] = forward[LIBRARY] = ours
     peers: list[torch.Tensor] = []
-    if len(counts) == 2 and importlib.util.find_spec("torchscale"):
+    if dropped:
+        plan = leave_out(rows, keep.numpy(), device)
+
+        def left_out() -> torch.Tensor:
+            return expert_mlp(x, experts, plan.rows, norm="pre", row_scale_T=scale, index_R=plan.index_R)
+
+        forward = {CHOSEN: ours, f"{CHOSEN}, left out": left_out, "compiled": torch.compile(ours)}
+    elif len(counts) == 2 and importlib.util.find_spec("torchscale"):
         from torchscale_mlp import torchscale_mlp
 
         forward["torchscale"], peers = torchscale_mlp(x, experts, rows)
-    if device.type == "cuda":
+    if device.type == "cuda" and not dropped:
         forward["compiled"] = torch.compile(ours)
         if "torchscale" in forward:
             forward["torchscale compiled"] = torch.compile(forward["torchscale"])
@@ -139,13 +151,15 @@ def expert_problem(device: torch.device, dtype: torch.dtype, counts: Sequence[in
 
     def exact() -> torch.Tensor:
         wide = [Expert(*[t.detach().double() if isinstance(t, torch.Tensor) else t for t in e]) for e in experts]
-        return expert_mlp(x.detach()[:: max(1, total // 4096)].double(), wide, sampled(rows, total), norm="pre")
+        few = slice(None, None, max(1, total // 4096))
+        of_few = None if scale is None else scale[few].double()
+        return expert_mlp(x.detach()[few].double(), wide, sampled(rows, total), norm="pre", row_scale_T=of_few)
 
     tensors = [t for e in experts for t in e if isinstance(t, torch.Tensor)]
     operations = 3 * 2 * 2 * total * width * hidden
+    shape = "+".join(map(str, counts)) + f"x{width}x{hidden}" + (f" {dropped:.0%} dropped" if dropped else "")
     return Problem(
-        "expert_mlp", "+".join(map(str, counts)) + f"x{width}x{hidden}", dtype, total, "fwd+bwd", forward, gradient,
-        [x, *tensors, *peers], exact, operations, 0.0,
+        "expert_mlp", shape, dtype, total, "fwd+bwd", forward, gradient, [x, *tensors, *peers], exact, operations, 0.0,
     )  # fmt: skip
 
 
@@ -295,6 +309,7 @@ def problems(device: torch.device, tiny: bool) -> list[Callable[[], Problem]]:
     if tiny:
         return [
             lambda: expert_problem(device, dtype, (48, 16), 32),
+            lambda: expert_problem(device, dtype, (48, 16), 32, dropped=0.1),
             lambda: norm_problem(device, dtype, 12, 32),
             lambda: distill_problem(device, dtype, 2, 5, 32, 2, False),
             lambda: distill_problem(device, dtype, 2, 5, 32, 2, True),
@@ -304,6 +319,7 @@ def problems(device: torch.device, tiny: bool) -> list[Callable[[], Problem]]:
         lambda: distill_problem(device, dtype, 256, 197, 768, 12, False),
         lambda: distill_problem(device, dtype, 256, 197, 768, 12, True),
         lambda: norm_problem(device, dtype, 81920, 768),
+        lambda: expert_problem(device, dtype, (65536, 16384), 768, dropped=0.1),
         lambda: expert_problem(device, dtype, (8192, 2048), 768),
         lambda: expert_problem(device, dtype, (1536, 512), 768),
     ]
@@ -312,6 +328,8 @@ def problems(device: torch.device, tiny: bool) -> list[Callable[[], Problem]]:
 def proposal(rows: Sequence[Row], problem: Problem, device: torch.device) -> str:
     """The line of `measured` that these rows speak for."""
     ours = [row for row in rows if row.provider in ("triton", LIBRARY, "segmented", "reference")]
+    if not ours:
+        return ""
     best = min(ours, key=lambda row: row.p50_ms).provider.removesuffix("+library")
     operator = "distill_target" if problem.kernel == "distill_loss" else problem.kernel
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
@@ -360,7 +378,7 @@ def main() -> int:
         del problem
         if device.type == "cuda":
             torch.cuda.empty_cache()
-    (options.out / "measured.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    (options.out / "measured.txt").write_text("\n".join(filter(None, lines)) + "\n", encoding="utf-8")
     draw(options.out / "kernels.svg", done)
     return 0
 

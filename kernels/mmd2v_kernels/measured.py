@@ -26,7 +26,19 @@ class Measurement(NamedTuple):
     path: str
 
 
-MEASURED: tuple[Measurement, ...] = ()
+_H100, _BF16 = "NVIDIA H100 80GB HBM3", torch.bfloat16
+
+MEASURED: tuple[Measurement, ...] = (
+    Measurement("expert_mlp", _H100, _BF16, 0, "triton"),
+    Measurement("expert_mlp/fc1", _H100, _BF16, 0, "segmented"),
+    Measurement("expert_mlp/fc2", _H100, _BF16, 0, "segmented"),
+    Measurement("expert_mlp/fc2", _H100, _BF16, 10240, "triton"),
+    Measurement("expert_mlp/dgrad2", _H100, _BF16, 0, "segmented"),
+    Measurement("expert_mlp/wgrad", _H100, _BF16, 0, "segmented"),
+    Measurement("expert_mlp/dgrad1", _H100, _BF16, 0, "segmented"),
+    Measurement("distill_target", _H100, _BF16, 0, "triton"),
+    Measurement("add_layer_norm", _H100, _BF16, 0, "triton"),
+)
 
 
 def fastest(

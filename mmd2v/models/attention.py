@@ -26,8 +26,28 @@ def attend(q_THK: torch.Tensor, k_THK: torch.Tensor, v_THK: torch.Tensor, layout
         return _attend_joint(q_THK, k_THK, v_THK, layout)
     # Rows of padding (a reproduction of the source alone has them) need a mask that xformers' packed form has not.
     if q_THK.device.type == "cuda" and not (layout.keys or layout.key_masks) and xformers_available():
-        return _attend_xformers(q_THK, k_THK, v_THK, layout)
+        form = (q_THK.dtype, q_THK.shape[-1])
+        if form not in _without_kernel:
+            try:
+                return _attend_xformers(q_THK, k_THK, v_THK, layout)
+            except NotImplementedError as error:  # said before anything is computed
+                _without_kernel.add(form)
+                logger.warning("attention: torch SDPA for heads of %d in %s: %s", form[1], form[0], _reasons(error))
     return attend_sdpa(q_THK, k_THK, v_THK, layout)
+
+
+_without_kernel: set[tuple[torch.dtype, int]] = set()
+"""Dtypes and widths of a head for which xformers has no kernel here: all of them where its extension does not load (a
+build for another CUDA), else widths that are no multiple of 8 in 16 bits, and fp32 on devices newer than its kernel."""
+
+
+def _reasons(error: NotImplementedError) -> str:
+    """Shorten xformers' list of inputs and of all its kernels to the reasons, each once."""
+    lines = [line.strip() for line in str(error).splitlines()]
+    starts = [i for i, line in enumerate(lines) if line.endswith("not supported because:")]
+    if not starts:
+        return "; ".join(lines[:1])
+    return "; ".join(dict.fromkeys(lines[i] for i in range(starts[0], len(lines)) if i not in starts and lines[i]))
 
 
 @cache

@@ -8,6 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mmd2v.models import attention
 from mmd2v.models.attention import attend, attend_sdpa
 from mmd2v.models.packed import Layout
 
@@ -64,6 +65,47 @@ def test_xformers_on_cuda_equals_sdpa(dtype):
     expected = attend_sdpa(q, k, v, layout)
     found = attend(q.to(dtype), k.to(dtype), v.to(dtype), layout)
     torch.testing.assert_close(found.float(), expected, rtol=0, atol=2e-2 if dtype == torch.bfloat16 else 5e-3)
+
+
+class OnCUDA:
+    """A tensor that says it is on CUDA, for the choice of a path alone."""
+
+    def __init__(self, x):
+        self.device, self.dtype, self.shape = torch.device("cuda"), x.dtype, x.shape
+
+    def __len__(self):
+        return self.shape[0]
+
+
+def test_what_xformers_has_no_kernel_for_goes_to_sdpa_and_is_told_once(monkeypatch, caplog):
+    asked = []
+
+    def refuse(q, *_):
+        asked.append(q.shape[-1])
+        raise NotImplementedError(
+            "No operator found for `memory_efficient_attention_forward` with inputs:\n"
+            "     query       : shape=(1, 4, 2, 20) (torch.bfloat16)\n"
+            "`fa2F@2.5.7-pt` is not supported because:\n"
+            "    xFormers wasn't build with CUDA support\n"
+            "    query.shape[-1] % 8 != 0\n"
+            "`cutlassF-pt` is not supported because:\n"
+            "    xFormers wasn't build with CUDA support"
+        )
+
+    monkeypatch.setattr(attention, "xformers_available", lambda: True)
+    monkeypatch.setattr(attention, "_attend_xformers", refuse)
+    monkeypatch.setattr(attention, "attend_sdpa", lambda *_: "sdpa")
+    monkeypatch.setattr(attention, "_without_kernel", set())
+    layout = Layout.build({"text": [3, 1]}, CPU)
+    for width in (20, 20, 12):
+        x = OnCUDA(torch.zeros(4, 2, width, dtype=torch.bfloat16))
+        assert attention.attend(x, x, x, layout) == "sdpa"
+    assert asked == [20, 12]
+    first, _ = [record.getMessage() for record in caplog.records]
+    assert first == (
+        "attention: torch SDPA for heads of 20 in torch.bfloat16: xFormers wasn't build with CUDA support; "
+        "query.shape[-1] % 8 != 0"
+    )
 
 
 def test_layout_maps_agree_with_each_other():

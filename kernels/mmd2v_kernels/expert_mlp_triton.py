@@ -46,8 +46,8 @@ class Tiles:
 
     rows: int = 128
     columns: int = 256
-    gradient_columns: int = 128
-    """Of part 4, whose epilogue holds more."""
+    gelu_columns: int = 128
+    """Of parts 2 and 4, whose epilogue holds more."""
     depth: int = 64
     warps: int = 8
     stages: int = 4
@@ -523,7 +523,7 @@ def _product(
             has_bias = keep = False
         height, wide = tiles.epilogue
     else:
-        height, wide = tiles.rows, tiles.gradient_columns if epilogue == GELU_GRADIENT else tiles.columns
+        height, wide = tiles.rows, tiles.gelu_columns if epilogue in (GELU, GELU_GRADIENT) else tiles.columns
     pieces = _pieces(rows, height)
     count = sum(pieces)
     sums_PN = torch.empty(count if epilogue == GELU_GRADIENT else 0, columns, dtype=torch.float32, device=device)
@@ -881,8 +881,8 @@ def configurations() -> list[Configuration]:
         "dgrad1": (True, PLAIN, False, False, False, False, False, False, True, "tf32"),
     }.items():
         constants = dict(zip(flags, values, strict=True)) | sizes
-        if name == "dgrad2":
-            constants["COLUMNS"] = tiles.gradient_columns
+        if name in ("fc1", "dgrad2"):
+            constants["COLUMNS"] = tiles.gelu_columns
         found.append(
             Configuration(
                 f"expert_mlp/{name}",

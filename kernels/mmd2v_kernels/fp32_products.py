@@ -1,5 +1,4 @@
-"""What the CPU paths of `rank_count` and `cosine_topk` share: fp32 products in blocks, how wrong they can be, and what a
-pass over a block of scores finds in it.
+"""What the CPU paths of `rank_count` and `cosine_topk` share: fp32 products, their error, and passes over their blocks.
 
 torch multiplies, numpy compares: its comparisons run at the speed of the cache, several times that of torch's. A block
 of booleans is looked at as words of eight: words add up, eight counts at once, and most are 0.
@@ -14,12 +13,15 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-__all__ = ["BLOCK_COLUMNS", "BLOCK_ROWS", "PIECE", "Close", "error_of_fp32", "find_above", "obstacle", "product"]
+__all__ = ["BLOCK", "BLOCK_COLUMNS", "PIECE", "Close", "error_of_fp32", "find_above", "obstacle", "product"]
 
-BLOCK_ROWS, BLOCK_COLUMNS = 2048, 8192
-"""Of scores in memory at once: 64 MB. Smaller blocks multiply more slowly."""
-PIECE = 64
+BLOCK, BLOCK_COLUMNS = 1 << 25, 8192
+"""Scores in memory at once (128 MB), and columns of them. Blocks of fewer rows multiply more slowly."""
+PIECE = 128
 """Rows of a block that one thread looks at: at most 255, as a byte must hold their number."""
+_NORM_ROWS = 1024
+_FEW = 0.01
+"""Share of a piece's scores that are looked at one by one."""
 
 
 def obstacle(*matrices: torch.Tensor) -> str | None:
@@ -48,7 +50,7 @@ def error_of_fp32(queries_ND: torch.Tensor, bank_MD: torch.Tensor) -> torch.Tens
 
 
 def _norms(matrix: torch.Tensor) -> torch.Tensor:
-    return torch.cat([rows.double().norm(dim=1) for rows in matrix.split(BLOCK_ROWS)])
+    return torch.cat([rows.double().norm(dim=1) for rows in matrix.split(_NORM_ROWS)])
 
 
 def product(queries_nD: torch.Tensor, bank_mD: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
@@ -73,22 +75,34 @@ class Close(NamedTuple):
 def find_above(scores_rm: np.ndarray, low: np.ndarray, high: np.ndarray) -> Close:
     """Compare with two bounds, [r, 1] or [1, m]: beyond ``high`` is above, from ``low`` up to it is close."""
     rows, columns = scores_rm.shape
-    words = (columns + 7) // 8
-    above, reaches = (np.zeros((rows, words), dtype=np.int64) for _ in range(2))
-    np.greater(scores_rm, high, out=above.view(np.bool_)[:, :columns])
+    reaches = np.zeros((rows, (columns + 7) // 8), dtype=np.int64)
     np.greater_equal(scores_rm, low, out=reaches.view(np.bool_)[:, :columns])
-    row_r = np.zeros(rows, dtype=np.int64)
-    for first in range(0, words, 255):
-        row_r += above[:, first : first + 255].sum(1).view(np.uint8).reshape(rows, 8).sum(1, dtype=np.int64)
+    row_r = _row_sums(reaches)
+    if row_r.sum() <= _FEW * scores_rm.size:  # ranks are low: look at what reaches the bound one by one
+        r, c = set_bytes(reaches)
+        above = scores_rm[r, c] > np.broadcast_to(high, scores_rm.shape)[r, c]
+        counts = (np.bincount(found[above], minlength=n) for found, n in ((r, rows), (c, columns)))
+        return Close(*counts, r[~above], c[~above])
+    above = np.zeros_like(reaches)
+    np.greater(scores_rm, high, out=above.view(np.bool_)[:, :columns])
     column_m = above.sum(0).view(np.uint8)[:columns].astype(np.int64)
+    row_r = _row_sums(above)
     np.bitwise_xor(above, reaches, out=reaches)
     return Close(row_r, column_m, *set_bytes(reaches))
+
+
+def _row_sums(words: np.ndarray) -> np.ndarray:
+    """Return how many bytes of each row are 1, of words that hold 0 and 1 in each byte."""
+    total_r = np.zeros(len(words), dtype=np.int64)
+    for first in range(0, words.shape[1], 255):  # a byte overflows beyond
+        total_r += words[:, first : first + 255].sum(1).view(np.uint8).reshape(-1, 8).sum(1, dtype=np.int64)
+    return total_r
 
 
 def set_bytes(words: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Return row and column of the bytes that are not 0 in [rows, words], in order."""
     flat = words.reshape(-1)
-    found = flat.nonzero()[0]
+    found = (flat != 0).nonzero()[0]  # of booleans, which numpy skips several at once
     word, byte = flat[found].view(np.uint8).reshape(-1, 8).nonzero()
     at = found[word] * 8 + byte
     return at // (8 * words.shape[1]), at % (8 * words.shape[1])

@@ -1,12 +1,14 @@
 """Ranks of the best positives in both directions from one pass over the scores, without keeping the N×M matrix.
 
-The reference form counts float64 products; on a GPU `rank_count_triton` counts faster ones and gives the same numbers.
+The reference form counts float64 products; `rank_count_segmented` on the CPU and `rank_count_triton` on a GPU count
+faster ones and give the same numbers.
 
 Shapes: N queries (rows), M bank rows (columns), D width, P positive pairs.
 """
 
 from __future__ import annotations
 
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -72,12 +74,16 @@ def count_ahead(
     scores and the pairs in it that are too close to call. Raises ValueError as `rank_count` does.
     """
     path = _path(queries_ND, bank_MD)
-    (check_shapes if path == "triton" else check_embeddings)(queries_ND, bank_MD)  # the kernels see what is not finite
+    (check_embeddings if path == "reference" else check_shapes)(
+        queries_ND, bank_MD
+    )  # the others see what is not finite
     _check_positives(positives_P2, len(queries_ND), len(bank_MD))
     pairs_2P = positives_P2.to(queries_ND.device).t().contiguous()
     first, last = rows if rows is not None else (0, len(queries_ND))
 
-    error_N = product_error(queries_ND, bank_MD)
+    @cache
+    def error_of_float64() -> torch.Tensor:
+        return product_error(queries_ND, bank_MD)
 
     def in_float64(row: Side, column: Side, rows: range, columns: range) -> None:
         for top in range(rows.start, rows.stop, block_rows):
@@ -86,7 +92,7 @@ def count_ahead(
                     range(top, min(top + block_rows, rows.stop)),
                     range(left, min(left + block_columns, columns.stop)),
                 )
-                _count(queries_ND, bank_MD, pairs_2P, row, column, error_N, *block)
+                _count(queries_ND, bank_MD, pairs_2P, row, column, error_of_float64(), *block)
 
     sides = None
     if path == "triton":

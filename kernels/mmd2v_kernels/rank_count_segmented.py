@@ -14,8 +14,9 @@ import numpy as np
 import torch
 
 from mmd2v_kernels.exact_pairs_cpu import exact_pairs, in_threads
-from mmd2v_kernels.fp32_products import BLOCK_COLUMNS, BLOCK_ROWS, PIECE, error_of_fp32, find_above, product
+from mmd2v_kernels.fp32_products import BLOCK, BLOCK_COLUMNS, PIECE, error_of_fp32, find_above, product
 from mmd2v_kernels.rank_sides import Side
+from mmd2v_kernels.retrieval_order import check_finite
 
 __all__ = ["count_sides"]
 
@@ -33,21 +34,25 @@ def count_sides(
 ) -> tuple[Side, Side] | None:
     """Return both sides with what query rows ``first`` to ``last`` contribute; None: their range is beyond fp32's.
 
+    Raises ValueError for values that are not finite.
     ``in_float64(row, column, rows, columns)`` counts a block that has too many close pairs.
     """
     error_N = error_of_fp32(queries_ND, bank_MD)
     if error_N is None:
+        check_finite(queries=queries_ND, bank=bank_MD)
         return None
     score_P = exact_pairs(queries_ND, bank_MD, pairs_2P[0], pairs_2P[1])
     row = Side.of_best(pairs_2P[0], pairs_2P[1], score_P, len(queries_ND))
     column = Side.of_best(pairs_2P[1], pairs_2P[0], score_P, len(bank_MD))
     positives = (pairs_2P[0] * len(bank_MD) + pairs_2P[1]).unique().numpy()  # sorted
-    scores = torch.empty(min(BLOCK_ROWS, max(1, last - first)) * min(BLOCK_COLUMNS, len(bank_MD)))
+    widest = min(BLOCK_COLUMNS, len(bank_MD))
+    block_rows = max(PIECE, BLOCK // widest // PIECE * PIECE)
+    scores = torch.empty(min(block_rows, last - first) * widest)
     for left in range(0, len(bank_MD), BLOCK_COLUMNS):
         columns = range(left, min(left + BLOCK_COLUMNS, len(bank_MD)))
         bank_mD = bank_MD[columns.start : columns.stop].float()
-        for top in range(first, last, BLOCK_ROWS):
-            rows = range(top, min(top + BLOCK_ROWS, last))
+        for top in range(first, last, block_rows):
+            rows = range(top, min(top + block_rows, last))
             scores_nm = product(queries_ND[rows.start : rows.stop], bank_mD, scores).numpy()
             error_n = error_N[rows.start : rows.stop]
             row_bounds = _bounds(row.threshold[rows.start : rows.stop], error_n)

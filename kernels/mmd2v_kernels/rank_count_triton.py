@@ -125,8 +125,8 @@ def count_sides(
 ) -> tuple[Side, Side] | None:
     """Return both sides with what query rows ``first`` to ``last`` contribute; None: their range is beyond fp32's.
 
-    ``in_float64(row, column, rows, columns)`` counts rows whose pairs are too many to list. Raises ValueError for values
-    that are not finite.
+    Raises ValueError for values that are not finite. ``in_float64(row, column, rows, columns)`` counts rows whose pairs
+    are too many to list.
     """
     queries_ND, bank_MD, dtype = queries_ND.contiguous(), bank_MD.contiguous(), operand_dtype(queries_ND, bank_MD)
     queries, bank = operand(queries_ND, dtype), operand(bank_MD, dtype)

@@ -1,6 +1,7 @@
 """The k nearest bank rows of every query, exactly, without keeping the N×M matrix.
 
-The reference form takes float64 products; on a GPU `cosine_topk_triton` takes faster ones and gives the same result.
+The reference form takes float64 products; `cosine_topk_segmented` on the CPU and `cosine_topk_triton` on a GPU take
+faster ones and give the same result.
 
 Shapes: N queries, M bank rows, D width, n and m one block of them.
 """
@@ -9,6 +10,7 @@ from __future__ import annotations
 
 import torch
 
+from mmd2v_kernels import fp32_products
 from mmd2v_kernels.dispatch import choose
 from mmd2v_kernels.retrieval_order import check_finite, check_shapes, exact_pairs, product_error
 
@@ -45,12 +47,12 @@ def cosine_topk(
     if not 1 <= k <= number:
         of = "the rows of the bank" if allowed_M is None else "the rows of the bank that may be found"
         raise ValueError(f"k: expected 1..{number} ({of}), found {k}")
-    obstacle = None
+    obstacles = {"segmented": fp32_products.obstacle(queries_ND, bank_MD)}
     if torch.float64 in (queries_ND.dtype, bank_MD.dtype):
-        obstacle = "the kernels have no float64"
+        obstacles["triton"] = "the kernels have no float64"
     elif k > _LARGEST_K:
-        obstacle = f"k is over {_LARGEST_K}"
-    obstacles = {} if obstacle is None else {"triton": obstacle}
+        obstacles["triton"] = f"k is over {_LARGEST_K}"
+    obstacles = {path: reason for path, reason in obstacles.items() if reason is not None}
     path = choose("cosine_topk", queries_ND.device, queries_ND.dtype, rows=len(queries_ND), obstacles=obstacles).path
 
     def in_float64(
@@ -62,6 +64,12 @@ def cosine_topk(
         from mmd2v_kernels.cosine_topk_triton import topk
 
         return topk(queries_ND, bank_MD, k, allowed_M, in_float64)
+    if path == "segmented":
+        from mmd2v_kernels.cosine_topk_segmented import topk
+
+        found = topk(queries_ND, bank_MD, k, allowed_M, in_float64)
+        if found is not None:
+            return found
     check_finite(queries=queries_ND, bank=bank_MD)
     return in_float64(queries_ND, bank_MD, allowed_M)
 

@@ -44,8 +44,8 @@ OFFERS = {
     "expert_mlp": ("triton", "segmented", "reference"),
     "distill_target": ("triton", "reference"),
     "add_layer_norm": ("triton", "reference"),
-    "rank_count": ("triton", "reference"),
-    "cosine_topk": ("triton", "reference"),
+    "rank_count": ("triton", "segmented", "reference"),
+    "cosine_topk": ("triton", "segmented", "reference"),
 }
 """Operator → its paths, the fastest first."""
 PARTS = {"expert_mlp": ("fc1", "fc2", "dgrad2", "wgrad", "dgrad1")}

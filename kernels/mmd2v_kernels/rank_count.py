@@ -1,16 +1,19 @@
 """Ranks of the best positives in both directions from one pass over the scores, without keeping the N×M matrix.
 
-The reference form counts float64 products; on a GPU `rank_count_triton` counts faster ones and gives the same numbers.
+The reference form counts float64 products; `rank_count_segmented` on the CPU and `rank_count_triton` on a GPU count
+faster ones and give the same numbers.
 
 Shapes: N queries (rows), M bank rows (columns), D width, P positive pairs.
 """
 
 from __future__ import annotations
 
+from functools import cache
 from typing import NamedTuple
 
 import torch
 
+from mmd2v_kernels import fp32_products
 from mmd2v_kernels.dispatch import choose
 from mmd2v_kernels.rank_sides import Side
 from mmd2v_kernels.retrieval_order import check_embeddings, check_shapes, exact_pairs, product_error
@@ -71,34 +74,52 @@ def count_ahead(
     scores and the pairs in it that are too close to call. Raises ValueError as `rank_count` does.
     """
     path = _path(queries_ND, bank_MD)
-    (check_shapes if path == "triton" else check_embeddings)(queries_ND, bank_MD)  # the kernels see what is not finite
+    (check_embeddings if path == "reference" else check_shapes)(
+        queries_ND, bank_MD
+    )  # the others see what is not finite
     _check_positives(positives_P2, len(queries_ND), len(bank_MD))
     pairs_2P = positives_P2.to(queries_ND.device).t().contiguous()
     first, last = rows if rows is not None else (0, len(queries_ND))
 
-    def in_float64(row: Side, column: Side, top: int, bottom: int) -> None:
-        _count(queries_ND, bank_MD, pairs_2P, row, column, range(top, bottom, block_rows), bottom, block_columns)
+    @cache
+    def error_of_float64() -> torch.Tensor:
+        return product_error(queries_ND, bank_MD)
 
+    def in_float64(row: Side, column: Side, rows: range, columns: range) -> None:
+        for top in range(rows.start, rows.stop, block_rows):
+            for left in range(columns.start, columns.stop, block_columns):
+                block = (
+                    range(top, min(top + block_rows, rows.stop)),
+                    range(left, min(left + block_columns, columns.stop)),
+                )
+                _count(queries_ND, bank_MD, pairs_2P, row, column, error_of_float64(), *block)
+
+    sides = None
     if path == "triton":
         from mmd2v_kernels.rank_count_triton import count_sides
 
         sides = count_sides(queries_ND, bank_MD, pairs_2P, first, last, in_float64)
-        if sides is not None:
-            return RankCounts(sides[0].counts, sides[1].counts)
-    score_P = exact_pairs(queries_ND, bank_MD, pairs_2P[0], pairs_2P[1])
-    row = Side.of_best(pairs_2P[0], pairs_2P[1], score_P, len(queries_ND))
-    column = Side.of_best(pairs_2P[1], pairs_2P[0], score_P, len(bank_MD))
-    in_float64(row, column, first, last)
-    return RankCounts(row.counts, column.counts)
+    elif path == "segmented":
+        from mmd2v_kernels.rank_count_segmented import count_sides
+
+        sides = count_sides(queries_ND, bank_MD, pairs_2P, first, last, in_float64)
+    if sides is None:
+        score_P = exact_pairs(queries_ND, bank_MD, pairs_2P[0], pairs_2P[1])
+        sides = (
+            Side.of_best(pairs_2P[0], pairs_2P[1], score_P, len(queries_ND)),
+            Side.of_best(pairs_2P[1], pairs_2P[0], score_P, len(bank_MD)),
+        )
+        in_float64(*sides, range(first, last), range(len(bank_MD)))
+    return RankCounts(sides[0].counts, sides[1].counts)
 
 
 def _path(queries_ND: torch.Tensor, bank_MD: torch.Tensor) -> str:
-    obstacle = None
+    obstacles = {"segmented": fp32_products.obstacle(queries_ND, bank_MD)}
     if torch.float64 in (queries_ND.dtype, bank_MD.dtype):
-        obstacle = "the kernels have no float64"
+        obstacles["triton"] = "the kernels have no float64"
     elif queries_ND.device != bank_MD.device:
-        obstacle = "the bank is on another device"
-    obstacles = {} if obstacle is None else {"triton": obstacle}
+        obstacles["triton"] = "the bank is on another device"
+    obstacles = {path: reason for path, reason in obstacles.items() if reason is not None}
     return choose("rank_count", queries_ND.device, queries_ND.dtype, rows=len(queries_ND), obstacles=obstacles).path
 
 
@@ -108,29 +129,23 @@ def _count(
     pairs_2P: torch.Tensor,
     row: Side,
     column: Side,
-    tops: range,
-    last: int,
-    block_columns: int,
+    error_N: torch.Tensor,
+    rows: range,
+    columns: range,
 ) -> None:
-    """Count blocks of rows by float64 products."""
-    error_N = product_error(queries_ND, bank_MD)
-    for top in tops:
-        bottom = min(top + tops.step, last)
-        inside = (pairs_2P[0] >= top) & (pairs_2P[0] < bottom)
-        near_2P = pairs_2P[:, inside]
-        queries_nD = queries_ND[top:bottom].double()
-        error = float(error_N[top:bottom].max())
-        for left in range(0, len(bank_MD), block_columns):
-            right = min(left + block_columns, len(bank_MD))
-            scores_nm = queries_nD @ bank_MD[left:right].double().t()
-            here_2P = near_2P[:, (near_2P[1] >= left) & (near_2P[1] < right)]
-            scores_nm[here_2P[0] - top, here_2P[1] - left] = -torch.inf
+    """Count one block by its float64 product."""
+    top, left = rows.start, columns.start
+    scores_nm = queries_ND[top : rows.stop].double() @ bank_MD[left : columns.stop].double().t()
+    inside_P = (pairs_2P[0] >= top) & (pairs_2P[0] < rows.stop) & (pairs_2P[1] >= left) & (pairs_2P[1] < columns.stop)
+    here_2P = pairs_2P[:, inside_P]
+    scores_nm[here_2P[0] - top, here_2P[1] - left] = -torch.inf
+    error = float(error_N[top : rows.stop].max())
 
-            r, c = row.count(scores_nm, row.threshold[top:bottom, None], error, dim=1, offset=top)
-            row.settle(r + top, c + left, exact_pairs(queries_ND, bank_MD, r + top, c + left))
+    r, c = row.count(scores_nm, row.threshold[top : rows.stop, None], error, dim=1, offset=top)
+    row.settle(r + top, c + left, exact_pairs(queries_ND, bank_MD, r + top, c + left))
 
-            r, c = column.count(scores_nm, column.threshold[None, left:right], error, dim=0, offset=left)
-            column.settle(c + left, r + top, exact_pairs(queries_ND, bank_MD, r + top, c + left))
+    r, c = column.count(scores_nm, column.threshold[None, left : columns.stop], error, dim=0, offset=left)
+    column.settle(c + left, r + top, exact_pairs(queries_ND, bank_MD, r + top, c + left))
 
 
 def _check_positives(positives_P2: torch.Tensor, n: int, m: int) -> None:

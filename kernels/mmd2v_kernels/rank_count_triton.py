@@ -121,12 +121,12 @@ def count_sides(
     pairs_2P: torch.Tensor,
     first: int,
     last: int,
-    in_float64: Callable[[Side, Side, int, int], None],
+    in_float64: Callable[[Side, Side, range, range], None],
 ) -> tuple[Side, Side] | None:
     """Return both sides with what query rows ``first`` to ``last`` contribute; None: their range is beyond fp32's.
 
-    ``in_float64(row, column, top, bottom)`` counts rows whose pairs are too many to list. Raises ValueError for values
-    that are not finite.
+    Raises ValueError for values that are not finite. ``in_float64(row, column, rows, columns)`` counts rows whose pairs
+    are too many to list.
     """
     queries_ND, bank_MD, dtype = queries_ND.contiguous(), bank_MD.contiguous(), operand_dtype(queries_ND, bank_MD)
     queries, bank = operand(queries_ND, dtype), operand(bank_MD, dtype)
@@ -174,7 +174,7 @@ def count_sides(
         )
         found = int(number)
         if found > capacity:
-            in_float64(row, column, top, bottom)
+            in_float64(row, column, range(top, bottom), range(columns))
             continue
         row.counts[0, top:bottom] += row_above_n
         column.counts[0] += column_above_M

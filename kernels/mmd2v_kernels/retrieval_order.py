@@ -11,8 +11,10 @@ from __future__ import annotations
 
 import torch
 
-_PAIR_ELEMENTS = 1 << 18
-"""Float64 products held at once while pairs are scored again: 2 MiB, which stays in a core's cache."""
+from mmd2v_kernels import exact_pairs_cpu
+
+_PAIR_ELEMENTS = 1 << 22
+"""Float64 products held at once on a device while pairs are scored again: 32 MiB, which stays in its cache."""
 
 _CHECKED_ROWS = 1 << 14
 """Rows looked at for NaN at once: a mask of a whole bank would be a quarter of it."""
@@ -58,6 +60,8 @@ def exact_pairs(
 def _exact_pairs(
     queries_ND: torch.Tensor, bank_MD: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor
 ) -> torch.Tensor:
+    if rows.device.type == "cpu":
+        return exact_pairs_cpu.exact_pairs(queries_ND, bank_MD, rows, columns)
     scores = torch.empty(len(rows), dtype=torch.float64, device=rows.device)
     step = max(1, _PAIR_ELEMENTS // queries_ND.shape[1])
     for i in range(0, len(rows), step):

@@ -28,9 +28,9 @@ ROUNDS = 15
 PRODUCTS = [
     Tiles(),
     Tiles(stages=3),
-    Tiles(columns=128, gradient_columns=256),
-    Tiles(columns=128, gradient_columns=128, warps=4),
-    Tiles(rows=256, columns=128, gradient_columns=64, stages=3),
+    Tiles(columns=128, gelu_columns=256),
+    Tiles(columns=128, gelu_columns=128, warps=4),
+    Tiles(rows=256, columns=128, gelu_columns=64, stages=3),
 ]
 WEIGHT_GRADIENTS = [
     Tiles(),

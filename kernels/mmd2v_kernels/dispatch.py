@@ -82,9 +82,12 @@ def choose_part(operator: str, part: str, device: torch.device, dtype: torch.dty
     """Return ``triton`` or ``segmented`` for a matrix product of an operator that runs by Triton.
 
     Triton unless the library's product is measured to be faster, or asked for, such as by
-    ``MMD2V_KERNELS=expert_mlp/wgrad=segmented``.
+    ``MMD2V_KERNELS=expert_mlp/wgrad=segmented``. In fp32 on a GPU it is always the library's: ours has no tensor cores
+    then, and sums a long row in one go.
     """
     name = f"{operator}/{part}"
+    if dtype == torch.float32 and device.type == "cuda":
+        return "segmented"
     forced = forced_path(name)
     if forced is not None or device.type != "cuda":
         return forced or "triton"

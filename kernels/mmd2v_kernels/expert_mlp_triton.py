@@ -1,10 +1,10 @@
 """Triton kernels of `expert_mlp`: all experts in one launch a part; kept are the input, its norm and h.
 
-The rows of all experts, in the order of the index, are cut into tiles that lie within one expert each; the host lists
-them. Parts: 1 LayerNorm and gather; 2 fc1, bias and GELU; 3 fc2, bias, scales, residual and scatter; 4 gather and
-scales backward, then the gradient of h, with GELU computed again and fc1's bias gradient as partial sums; 5 weight
-gradients, each expert's rows cut into chunks, so that there are more pieces of work than the 72 tiles of a weight; 6
-the gradient of the norm's output; 7 the norm backward, residual and scatter.
+The rows of all experts, in the order of the index, are cut into tiles that lie within one expert each. Parts: 1
+LayerNorm and gather; 2 fc1, bias and GELU; 3 fc2, bias, scales, residual and scatter; 4 gather and scales backward,
+then the gradient of h, with GELU computed again and fc1's bias gradient as partial sums; 5 weight gradients, each
+expert's rows cut into chunks, so that there are more pieces of work than the tiles of a weight; 6 the gradient of the
+norm's output; 7 the norm backward, residual and scatter.
 
 Parts 2 to 6 are matrix products, each by the kernel of this file or by the library's on each expert's slice with one
 kernel after it for what happens to the result, as `mmd2v_kernels.dispatch` says for that part.
@@ -20,7 +20,7 @@ of a tile, N columns and depth K; P tiles or chunks.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -46,8 +46,8 @@ class Tiles:
 
     rows: int = 128
     columns: int = 256
-    gradient_columns: int = 128
-    """Of part 4, whose epilogue holds more."""
+    gelu_columns: int = 128
+    """Of parts 2 and 4, whose epilogue holds more."""
     depth: int = 64
     warps: int = 8
     stages: int = 4
@@ -64,12 +64,27 @@ class Tiles:
 
 
 TILES = Tiles()
-FP32_TILES = replace(TILES, rows=64, columns=64, gradient_columns=64, depth=32, warps=4, stages=2, wgrad=(64, 64, 32))
-"""Without tensor cores: larger ones take half a minute to compile and would not be faster."""
 
 
-def _tiles(dtype: torch.dtype) -> Tiles:
-    return FP32_TILES if dtype == torch.float32 else TILES
+@triton.jit
+def _piece(piece, stops_ptr, experts, SIZE: tl.constexpr):
+    """Return the expert of a piece, its first row and its end: each expert's rows are cut into pieces of SIZE."""
+    expert = 0
+    first = 0
+    end = 0
+    begin = 0
+    before = 0
+    for e in range(0, experts):
+        stop = tl.load(stops_ptr + e)
+        count = tl.cdiv(stop - begin, SIZE)
+        here = (piece >= before) & (piece < before + count)
+        start = begin + (piece - before) * SIZE
+        expert = tl.where(here, e, expert)
+        first = tl.where(here, start, first)
+        end = tl.where(here, tl.minimum(start + SIZE, stop), end)
+        before += count
+        begin = stop
+    return expert, first, end
 
 
 @triton.jit
@@ -91,13 +106,13 @@ def _gelu(h, EXACT: tl.constexpr):
 def _norm_kernel(
     x_ptr,  # [T, D]
     index_ptr,  # int64 [R]
-    tiles_ptr,  # int32 [P, 3] expert, first row, end
+    stops_ptr,  # int32 [E] end of each expert's rows
+    experts,  # E
     weights_ptr,  # int64 [2, E] addresses: weights, then biases
     vector_ptr,  # [D] one of them, for its type
     normed_ptr,  # [R, D] out
     mean_ptr,  # fp32 [R] out
     rstd_ptr,  # fp32 [R] out
-    experts,  # E
     width,  # D
     eps,
     HAS_INDEX: tl.constexpr,
@@ -105,9 +120,9 @@ def _norm_kernel(
     BLOCK: tl.constexpr,  # D, up to a power of two
 ):
     tile = tl.program_id(0)
-    expert = tl.load(tiles_ptr + 3 * tile)
-    row = tl.load(tiles_ptr + 3 * tile + 1) + tl.arange(0, ROWS)
-    is_row = row < tl.load(tiles_ptr + 3 * tile + 2)
+    expert, first, end = _piece(tile, stops_ptr, experts, ROWS)
+    row = first + tl.arange(0, ROWS)
+    is_row = row < end
     row = row.to(tl.int64)
     source = row
     if HAS_INDEX:
@@ -134,7 +149,8 @@ def _branch_gradient_kernel(
     dout_ptr,  # [T, D]
     index_ptr,  # int64 [R]
     row_scale_ptr,  # [T]
-    tiles_ptr,  # int32 [P, 3] expert, first row, end
+    stops_ptr,  # int32 [E] end of each expert's rows
+    experts,  # E
     scales_ptr,  # int64 [E] addresses of [D]
     vector_ptr,  # [D] one of them, for its type
     u_ptr,  # [R, D] out: the branch's gradient before the layer scale
@@ -149,9 +165,9 @@ def _branch_gradient_kernel(
     COLUMNS: tl.constexpr,
 ):
     tile, block = tl.program_id(0), tl.program_id(1)
-    expert = tl.load(tiles_ptr + 3 * tile)
-    row = tl.load(tiles_ptr + 3 * tile + 1) + tl.arange(0, ROWS)
-    is_row = row < tl.load(tiles_ptr + 3 * tile + 2)
+    expert, first, end = _piece(tile, stops_ptr, experts, ROWS)
+    row = first + tl.arange(0, ROWS)
+    is_row = row < end
     row = row.to(tl.int64)
     source = row
     if HAS_INDEX:
@@ -240,7 +256,8 @@ def _write(
 @triton.jit
 def _product_kernel(
     a_ptr,  # [R, K]
-    tiles_ptr,  # int32 [P, 3] expert, first row, end
+    stops_ptr,  # int32 [E] end of each expert's rows
+    experts,  # E
     weights_ptr,  # int64 [E] addresses of [N, K], or of [K, N] if transposed
     biases_ptr,  # int64 [E] addresses of [N]
     scales_ptr,  # int64 [E] addresses of [N]
@@ -269,10 +286,9 @@ def _product_kernel(
 ):
     blocks = tl.cdiv(columns, COLUMNS)
     tile, block = tl.program_id(0) // blocks, tl.program_id(0) % blocks
-    expert = tl.load(tiles_ptr + 3 * tile)
-    first = tl.load(tiles_ptr + 3 * tile + 1)
+    expert, first, end = _piece(tile, stops_ptr, experts, ROWS)
     row = tl.arange(0, ROWS)
-    is_row = row < tl.load(tiles_ptr + 3 * tile + 2) - first
+    is_row = row < end - first
     first = first.to(tl.int64)
     a_ptr += first * depth
     column = block * COLUMNS + tl.arange(0, COLUMNS)
@@ -314,7 +330,8 @@ def _product_kernel(
 @triton.jit
 def _epilogue_kernel(
     raw_ptr,  # [R, N] the product; may be the memory of an output
-    tiles_ptr,  # int32 [P, 3] expert, first row, end
+    stops_ptr,  # int32 [E] end of each expert's rows
+    experts,  # E
     biases_ptr,  # this and what follows: see `_product_kernel`
     scales_ptr,
     vector_ptr,
@@ -336,10 +353,9 @@ def _epilogue_kernel(
     COLUMNS: tl.constexpr,
 ):
     tile, block = tl.program_id(0), tl.program_id(1)
-    expert = tl.load(tiles_ptr + 3 * tile)
-    first = tl.load(tiles_ptr + 3 * tile + 1)
+    expert, first, end = _piece(tile, stops_ptr, experts, ROWS)
     row = tl.arange(0, ROWS)
-    is_row = row < tl.load(tiles_ptr + 3 * tile + 2) - first
+    is_row = row < end - first
     first = first.to(tl.int64)
     column = block * COLUMNS + tl.arange(0, COLUMNS)
     is_column = column < columns
@@ -356,19 +372,21 @@ def _epilogue_kernel(
 def _weight_gradient_kernel(
     left_ptr,  # [R, M] gradient of the product
     right_ptr,  # [R, N] what was multiplied
-    chunks_ptr,  # int32 [P, 3] expert, first row, end
+    stops_ptr,  # int32 [E]
+    experts,  # E
     partial_ptr,  # fp32 [P, M, N] out
     height,  # M
     columns,  # N
     WHOLE: tl.constexpr,  # M and N are multiples of the tile's
     PRECISION: tl.constexpr,
+    CHUNK: tl.constexpr,  # rows of a piece
     HEIGHT: tl.constexpr,
     COLUMNS: tl.constexpr,
     DEPTH: tl.constexpr,
 ):
     blocks = tl.cdiv(columns, COLUMNS)
     chunk = tl.program_id(1)
-    row, end = tl.load(chunks_ptr + 3 * chunk + 1), tl.load(chunks_ptr + 3 * chunk + 2)
+    _, row, end = _piece(chunk, stops_ptr, experts, CHUNK)
     m = tl.program_id(0) // blocks * HEIGHT + tl.arange(0, HEIGHT)
     n = tl.program_id(0) % blocks * COLUMNS + tl.arange(0, COLUMNS)
     product = tl.zeros([HEIGHT, COLUMNS], dtype=tl.float32)
@@ -391,7 +409,8 @@ def _norm_backward_kernel(
     x_ptr,  # [T, D]
     dout_ptr,  # [T, D] of the residual
     index_ptr,  # int64 [R]
-    tiles_ptr,  # int32 [P, 3] expert, first row, end
+    stops_ptr,  # int32 [E] end of each expert's rows
+    experts,  # E
     weights_ptr,  # int64 [E] addresses of [D]
     vector_ptr,  # [D] one of them, for its type
     mean_ptr,  # fp32 [R]
@@ -401,15 +420,12 @@ def _norm_backward_kernel(
     dbias_ptr,  # fp32 [P, D] out
     width,  # D
     HAS_INDEX: tl.constexpr,
+    PIECE: tl.constexpr,  # rows of a program
     ROWS: tl.constexpr,  # at a time: a warp each, so that sums of a row stay within it
     BLOCK: tl.constexpr,
 ):
     tile = tl.program_id(0)
-    expert, first, end = (
-        tl.load(tiles_ptr + 3 * tile),
-        tl.load(tiles_ptr + 3 * tile + 1),
-        tl.load(tiles_ptr + 3 * tile + 2),
-    )
+    expert, first, end = _piece(tile, stops_ptr, experts, PIECE)
     column = tl.arange(0, BLOCK)
     is_column = column < width
     weight_ptr = tl.load(weights_ptr + expert).to(vector_ptr.dtype)
@@ -447,13 +463,13 @@ def _addresses(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
     return on_device([t.data_ptr() for t in tensors], torch.int64, tensors[0].device)
 
 
-def _cut(rows: Sequence[tuple[int, int]], size: int) -> list[tuple[int, int, int]]:
-    """Cut each expert's rows into pieces of at most ``size``: (expert, first, end)."""
-    return [
-        (expert, first, min(first + size, stop))
-        for expert, (start, stop) in enumerate(rows)
-        for first in range(start, stop, size)
-    ]
+def _pieces(rows: Sequence[tuple[int, int]], size: int) -> list[int]:
+    """Return into how many pieces of at most ``size`` rows each expert's are cut (see `_piece`)."""
+    return [triton.cdiv(stop - start, size) for start, stop in rows]
+
+
+def _stops(rows: Sequence[tuple[int, int]], device: torch.device) -> torch.Tensor:
+    return on_device([stop for _, stop in rows], torch.int32, device)
 
 
 def _precision(dtype: torch.dtype) -> str:
@@ -507,9 +523,10 @@ def _product(
             has_bias = keep = False
         height, wide = tiles.epilogue
     else:
-        height, wide = tiles.rows, tiles.gradient_columns if epilogue == GELU_GRADIENT else tiles.columns
-    cut = _cut(rows, height)
-    sums_PN = torch.empty(len(cut) if epilogue == GELU_GRADIENT else 0, columns, dtype=torch.float32, device=device)
+        height, wide = tiles.rows, tiles.gelu_columns if epilogue in (GELU, GELU_GRADIENT) else tiles.columns
+    pieces = _pieces(rows, height)
+    count = sum(pieces)
+    sums_PN = torch.empty(count if epilogue == GELU_GRADIENT else 0, columns, dtype=torch.float32, device=device)
     vectors = [*biases, *scales] or [a_RK]
     nothing = a_RK
     where = (
@@ -535,15 +552,16 @@ def _product(
         "ROWS": height,
         "COLUMNS": wide,
     }
-    pieces = on_device(cut, torch.int32, device)
+    stops_E = _stops(rows, device)
     if raw is not None:
-        _epilogue_kernel[(len(cut), triton.cdiv(columns, wide))](
-            raw, pieces, *where, **how, num_warps=tiles.epilogue_warps
+        _epilogue_kernel[(count, triton.cdiv(columns, wide))](
+            raw, stops_E, len(rows), *where, **how, num_warps=tiles.epilogue_warps
         )
     else:
-        _product_kernel[(len(cut) * triton.cdiv(columns, wide),)](
+        _product_kernel[(count * triton.cdiv(columns, wide),)](
             a_RK,
-            pieces,
+            stops_E,
+            len(rows),
             _addresses(weights),
             *where,
             depth,
@@ -555,13 +573,12 @@ def _product(
             num_warps=tiles.warps,
             num_stages=tiles.stages,
         )
-    return _per_expert(sums_PN, cut, len(rows)) if epilogue == GELU_GRADIENT else []
+    return _per_expert(sums_PN, pieces) if epilogue == GELU_GRADIENT else []
 
 
-def _per_expert(partial_PX: torch.Tensor, cut: list[tuple[int, int, int]], experts: int) -> list[torch.Tensor]:
+def _per_expert(partial_PX: torch.Tensor, pieces: list[int]) -> list[torch.Tensor]:
     """Add up the partial sums of each expert's pieces; 0 where it has none."""
-    counts = [sum(expert == e for expert, _, _ in cut) for e in range(experts)]
-    return [part.sum(dim=0) for part in partial_PX.split(counts)]
+    return [part.sum(dim=0) for part in partial_PX.split(pieces)]
 
 
 def _weight_gradient(
@@ -571,25 +588,27 @@ def _weight_gradient(
     height, columns = left_RM.shape[1], right_RN.shape[1]
     if choose_part("expert_mlp", "wgrad", left_RM.device, left_RM.dtype, rows=len(left_RM)) == "segmented":
         return [_product_in_fp32(left_RM[start:stop].t(), right_RN[start:stop]) for start, stop in rows]
-    cut = _cut(rows, tiles.chunk)
-    partial = torch.empty(len(cut), height, columns, dtype=torch.float32, device=left_RM.device)
+    pieces = _pieces(rows, tiles.chunk)
+    partial = torch.empty(sum(pieces), height, columns, dtype=torch.float32, device=left_RM.device)
     m, n, depth = tiles.wgrad
-    _weight_gradient_kernel[(triton.cdiv(height, m) * triton.cdiv(columns, n), len(cut))](
+    _weight_gradient_kernel[(triton.cdiv(height, m) * triton.cdiv(columns, n), sum(pieces))](
         left_RM,
         right_RN,
-        on_device(cut, torch.int32, left_RM.device),
+        _stops(rows, left_RM.device),
+        len(rows),
         partial,
         height,
         columns,
         WHOLE=height % m == 0 and columns % n == 0,
         PRECISION=_precision(left_RM.dtype),
+        CHUNK=tiles.chunk,
         HEIGHT=m,
         COLUMNS=n,
         DEPTH=depth,
         num_warps=tiles.wgrad_warps,
         num_stages=tiles.stages,
     )
-    return _per_expert(partial, cut, len(rows))
+    return _per_expert(partial, pieces)
 
 
 def _product_in_fp32(left_MR: torch.Tensor, right_RN: torch.Tensor) -> torch.Tensor:
@@ -619,7 +638,7 @@ def _forward(
     keep: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return the rows [T, D] and, empty unless ``keep``, their norm [R, D], h [R, F], mean and rstd [R]."""
-    experts, rows, tiles = _experts(flat, scaled), _ranges(stops), _tiles(products)
+    experts, rows, tiles = _experts(flat, scaled), _ranges(stops), TILES
     total, (hidden, width), device = stops[-1], experts[0][2].shape, x_TD.device
     wide = torch.promote_types(x_TD.dtype, experts[0][5].dtype)
     out_TD = torch.empty(x_TD.shape, dtype=wide, device=device) if index_R is None else x_TD.to(wide, copy=True)
@@ -628,17 +647,17 @@ def _forward(
         return out_TD, *_new_saved(x_TD, 0, hidden, products)
     x_TD = x_TD.contiguous()
     normed_RD, h_RF, mean_R, rstd_R = _new_saved(x_TD, total, hidden, products, h_rows=kept)
-    cut, (block, warps) = _cut(rows, NORM_ROWS), norm_block(width)
-    _norm_kernel[(len(cut),)](
+    block, warps = norm_block(width)
+    _norm_kernel[(sum(_pieces(rows, NORM_ROWS)),)](
         x_TD,
         x_TD if index_R is None else index_R,
-        on_device(cut, torch.int32, device),
+        _stops(rows, device),
+        len(experts),
         _addresses([e[0] for e in experts] + [e[1] for e in experts]),
         experts[0][0],
         normed_RD,
         mean_R,
         rstd_R,
-        len(experts),
         width,
         eps,
         HAS_INDEX=index_R is not None,
@@ -704,7 +723,7 @@ def _backward(
     rstd_R: torch.Tensor,
 ) -> list[torch.Tensor]:
     """Return the gradient of ``x`` and those of ``flat``."""
-    experts, rows, tiles = _experts(flat, scaled), _ranges(stops), _tiles(h_RF.dtype)
+    experts, rows, tiles = _experts(flat, scaled), _ranges(stops), TILES
     total, width, products, device = stops[-1], x_TD.shape[1], h_RF.dtype, x_TD.device
     dx_TD = torch.empty_like(x_TD) if index_R is None else dout_TD.to(x_TD.dtype, copy=True)
     if total == 0:
@@ -719,14 +738,15 @@ def _backward(
     dw1 = _weight_gradient(dh_RF, normed_RD, rows, tiles)
     dnormed_RD = dt_RD if dt_RD is not dout_TD else torch.empty_like(dt_RD)  # its memory is not needed any more
     _product(PLAIN, dh_RF, fc1, rows, dnormed_RD, tiles, transposed=True)
-    cut, (block, warps) = _cut(rows, tiles.norm), norm_block(width)
-    partial_2PD = torch.empty(2, len(cut), width, dtype=torch.float32, device=device)
-    _norm_backward_kernel[(len(cut),)](
+    pieces, (block, warps) = _pieces(rows, tiles.norm), norm_block(width)
+    partial_2PD = torch.empty(2, sum(pieces), width, dtype=torch.float32, device=device)
+    _norm_backward_kernel[(sum(pieces),)](
         dnormed_RD,
         x_TD,
         dout_TD,
         x_TD if index_R is None else index_R,
-        on_device(cut, torch.int32, device),
+        _stops(rows, device),
+        len(experts),
         _addresses([e[0] for e in experts]),
         experts[0][0],
         mean_R,
@@ -736,11 +756,12 @@ def _backward(
         partial_2PD[1],
         width,
         HAS_INDEX=index_R is not None,
+        PIECE=tiles.norm,
         ROWS=NORM_ROWS,
         BLOCK=block,
         num_warps=warps,
     )
-    dnorm_weight, dnorm_bias = (_per_expert(p, cut, len(rows)) for p in partial_2PD)
+    dnorm_weight, dnorm_bias = (_per_expert(p, pieces) for p in partial_2PD)
     found = [dx_TD]
     for i, e in enumerate(experts):
         gradients = [dnorm_weight[i], dnorm_bias[i], dw1[i], db1[i], dw2[i], sum_u[i]]
@@ -773,13 +794,14 @@ def _branch_gradient(
     u_RD = torch.empty(shape, dtype=products, device=device) if own else dout_TD
     dt_RD = torch.empty(shape, dtype=products, device=device) if scaled else u_RD
     height, wide = tiles.epilogue
-    cut = _cut(rows, height)
-    sums_PD = torch.empty(len(cut), shape[1], dtype=torch.float32, device=device)
-    _branch_gradient_kernel[(len(cut), triton.cdiv(shape[1], wide))](
+    pieces = _pieces(rows, height)
+    sums_PD = torch.empty(sum(pieces), shape[1], dtype=torch.float32, device=device)
+    _branch_gradient_kernel[(sum(pieces), triton.cdiv(shape[1], wide))](
         dout_TD,
         dout_TD if index_R is None else index_R,
         dout_TD if row_scale_T is None else row_scale_T,
-        on_device(cut, torch.int32, device),
+        _stops(rows, device),
+        len(experts),
         _addresses([e[6] for e in experts]) if scaled else dout_TD,
         experts[0][-1],
         u_RD,
@@ -794,7 +816,7 @@ def _branch_gradient(
         COLUMNS=wide,
         num_warps=tiles.epilogue_warps,
     )
-    return u_RD, dt_RD, _per_expert(sums_PD, cut, len(rows))
+    return u_RD, dt_RD, _per_expert(sums_PD, pieces)
 
 
 def _set_up(ctx: Any, inputs: tuple, output: tuple) -> None:
@@ -838,7 +860,14 @@ def configurations() -> list[Configuration]:
     """Return the forms for bf16, width 768 and hidden width 3072."""
     rows, tiles = f"*{TRITON_NAMES['bfloat16']}", TILES
     found = []
-    arguments = {"a_ptr": rows, "tiles_ptr": "*i32", "weights_ptr": "*i64", "biases_ptr": "*i64", "scales_ptr": "*i64"}
+    arguments = {
+        "a_ptr": rows,
+        "stops_ptr": "*i32",
+        "experts": "i32",
+        "weights_ptr": "*i64",
+        "biases_ptr": "*i64",
+        "scales_ptr": "*i64",
+    }
     arguments |= dict.fromkeys(["vector_ptr", "h_ptr", "out_ptr", "x_ptr"], rows)
     arguments |= {"index_ptr": "*i64", "row_scale_ptr": rows, "sums_ptr": "*fp32", "columns": "i32", "depth": "i32"}
     flags = ["TRANSPOSED", "EPILOGUE", "HAS_INDEX", "HAS_SCALE", "HAS_ROW_SCALE", "HAS_BIAS", "KEEP", "EXACT", "WHOLE"]
@@ -852,8 +881,8 @@ def configurations() -> list[Configuration]:
         "dgrad1": (True, PLAIN, False, False, False, False, False, False, True, "tf32"),
     }.items():
         constants = dict(zip(flags, values, strict=True)) | sizes
-        if name == "dgrad2":
-            constants["COLUMNS"] = tiles.gradient_columns
+        if name in ("fc1", "dgrad2"):
+            constants["COLUMNS"] = tiles.gelu_columns
         found.append(
             Configuration(
                 f"expert_mlp/{name}",
@@ -866,7 +895,7 @@ def configurations() -> list[Configuration]:
                 aligned=("columns", "depth"),
             )
         )
-    after = {"raw_ptr": rows, "tiles_ptr": "*i32"}
+    after = {"raw_ptr": rows, "stops_ptr": "*i32", "experts": "i32"}
     after |= {n: kind for n, kind in arguments.items() if n.endswith("_ptr")} | {"columns": "i32"}
     for name in ("a_ptr", "weights_ptr"):
         del after[name]
@@ -881,9 +910,18 @@ def configurations() -> list[Configuration]:
         found.append(
             Configuration(name, _epilogue_kernel, after, constants, tiles.epilogue_warps, aligned=("columns",))
         )
-    wgrad = {"left_ptr": rows, "right_ptr": rows, "chunks_ptr": "*i32", "partial_ptr": "*fp32", "height": "i32"}
-    wgrad |= {"columns": "i32"} | dict.fromkeys(["WHOLE", "PRECISION", "HEIGHT", "COLUMNS", "DEPTH"], "constexpr")
-    constants = {"WHOLE": True, "PRECISION": "tf32"}
+    wgrad = {
+        "left_ptr": rows,
+        "right_ptr": rows,
+        "stops_ptr": "*i32",
+        "experts": "i32",
+        "partial_ptr": "*fp32",
+        "height": "i32",
+    }
+    wgrad |= {"columns": "i32"} | dict.fromkeys(
+        ["WHOLE", "PRECISION", "CHUNK", "HEIGHT", "COLUMNS", "DEPTH"], "constexpr"
+    )
+    constants = {"WHOLE": True, "PRECISION": "tf32", "CHUNK": tiles.chunk}
     constants |= dict(zip(("HEIGHT", "COLUMNS", "DEPTH"), tiles.wgrad, strict=True))
     found.append(
         Configuration(
@@ -897,22 +935,43 @@ def configurations() -> list[Configuration]:
             aligned=("height", "columns"),
         )
     )
-    norm = {"x_ptr": rows, "index_ptr": "*i64", "tiles_ptr": "*i32", "weights_ptr": "*i64", "vector_ptr": rows}
-    norm |= {"normed_ptr": rows, "mean_ptr": "*fp32", "rstd_ptr": "*fp32", "experts": "i32", "width": "i32"}
+    norm = {
+        "x_ptr": rows,
+        "index_ptr": "*i64",
+        "stops_ptr": "*i32",
+        "experts": "i32",
+        "weights_ptr": "*i64",
+        "vector_ptr": rows,
+    }
+    norm |= {"normed_ptr": rows, "mean_ptr": "*fp32", "rstd_ptr": "*fp32", "width": "i32"}
     norm |= {"eps": "fp32", "HAS_INDEX": "constexpr", "ROWS": "constexpr", "BLOCK": "constexpr"}
-    last = {"dnormed_ptr": rows, "x_ptr": rows, "dout_ptr": rows, "index_ptr": "*i64", "tiles_ptr": "*i32"}
+    last = {
+        "dnormed_ptr": rows,
+        "x_ptr": rows,
+        "dout_ptr": rows,
+        "index_ptr": "*i64",
+        "stops_ptr": "*i32",
+        "experts": "i32",
+    }
     last |= {"weights_ptr": "*i64", "vector_ptr": rows, "mean_ptr": "*fp32", "rstd_ptr": "*fp32", "dx_ptr": rows}
     last |= {"dweight_ptr": "*fp32", "dbias_ptr": "*fp32", "width": "i32"}
-    last |= {"HAS_INDEX": "constexpr", "ROWS": "constexpr", "BLOCK": "constexpr"}
+    last |= dict.fromkeys(["HAS_INDEX", "PIECE", "ROWS", "BLOCK"], "constexpr")
     whole = {"HAS_INDEX": True, "ROWS": NORM_ROWS, "BLOCK": norm_block(768)[0]}
-    branch = {"dout_ptr": rows, "index_ptr": "*i64", "row_scale_ptr": rows, "tiles_ptr": "*i32", "scales_ptr": "*i64"}
+    branch = {
+        "dout_ptr": rows,
+        "index_ptr": "*i64",
+        "row_scale_ptr": rows,
+        "stops_ptr": "*i32",
+        "experts": "i32",
+        "scales_ptr": "*i64",
+    }
     branch |= {"vector_ptr": rows, "u_ptr": rows, "dt_ptr": rows, "sums_ptr": "*fp32", "width": "i32"}
     pieces = {"HAS_INDEX": True, "HAS_SCALE": True, "HAS_ROW_SCALE": True, "KEEP": True}
     pieces |= dict(zip(("ROWS", "COLUMNS"), tiles.epilogue, strict=True))
     branch |= dict.fromkeys(pieces, "constexpr")
     for name, kernel, signature, constants, warps in (
         ("norm", _norm_kernel, norm, whole, norm_block(768)[1]),
-        ("norm_backward", _norm_backward_kernel, last, whole, norm_block(768)[1]),
+        ("norm_backward", _norm_backward_kernel, last, whole | {"PIECE": tiles.norm}, norm_block(768)[1]),
         ("branch_gradient", _branch_gradient_kernel, branch, pieces, tiles.epilogue_warps),
     ):
         found.append(Configuration(f"expert_mlp/{name}", kernel, signature, constants, warps, aligned=("width",)))

@@ -122,6 +122,7 @@ def build_engine(config: Config, world: World, module: TrainModule) -> Engine:
         import deepspeed
 
         engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=options)
+    _cast_statistics(module)
     skips = config.stability.non_finite == "skip"
     gate = GradientGate(optimizer) if skips and not hasattr(engine.optimizer, "overflow") else None
     return Engine(engine, groups, config, type(optimizer).__name__, description, gate=gate)
@@ -156,6 +157,15 @@ def _without_shared_memory_collectives() -> None:
     import deepspeed
 
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
+def _cast_statistics(module: nn.Module) -> None:
+    """Give batch norms statistics of their weights' dtype: DeepSpeed casts parameters alone, and none takes both."""
+    for norm in module.modules():
+        if isinstance(norm, nn.modules.batchnorm._NormBase) and norm.weight is not None:
+            for name, buffer in norm.named_buffers(recurse=False):
+                if buffer.is_floating_point():
+                    setattr(norm, name, buffer.to(norm.weight.dtype))
 
 
 @contextlib.contextmanager

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-import torch
-
 from mmd2v.config.schema import Config
 from mmd2v.data.batch import Batch
 from mmd2v.data.stream import eval_loader
@@ -41,8 +39,7 @@ def evaluate(config: Config, parts: Parts, world: World) -> dict[str, float]:
     modalities = tuple(names.values())
 
     def encode(batch: Batch) -> StudentOutput:
-        with torch.autocast(world.device.type, dtype=torch.bfloat16, enabled=parts.module.autocast):
-            return parts.student(batch, modalities)
+        return parts.module(batch, None, modalities)
 
     parts.module.eval()
     try:

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from mmd2v.data.batch import Batch
-from mmd2v.models.student import Student
+from mmd2v.models.student import Student, StudentOutput
 from mmd2v.models.teachers import Targets
 from mmd2v.objectives import Objectives
 
@@ -29,9 +29,17 @@ class TrainModule(nn.Module):
         self.encoded_by = dict(encoded_by or {})
         self.wanted = objectives.wanted
 
-    def forward(self, batch: Batch, targets: Mapping[str, Targets]) -> dict[str, torch.Tensor]:
-        """Return every loss term by name and their weighted sum under ``loss``, all scalars on the device."""
+    def forward(
+        self, batch: Batch, targets: Mapping[str, Targets] | None, modalities: tuple[str, ...] | None = None
+    ) -> dict[str, torch.Tensor] | StudentOutput:
+        """Return every loss term by name and their weighted sum under ``loss``, all scalars on the device.
+
+        Without ``targets`` return the student's output of ``modalities``: ZeRO-3 gathers weights for a pass through
+        this module alone.
+        """
         with torch.autocast(batch.images.device.type, dtype=torch.bfloat16, enabled=self.autocast):
+            if targets is None:
+                return self.student(batch, modalities)
             # A teacher that ran the student's own frozen encoder has what enters the layers.
             sources = {name: targets.get(teacher) for name, teacher in self.encoded_by.items()}
             encoded = {name: one.encoded for name, one in sources.items() if one and one.encoded is not None}

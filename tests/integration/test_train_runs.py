@@ -80,6 +80,25 @@ def whole(config) -> Path:
     return run_dir
 
 
+@pytest.mark.parametrize(
+    "engine", [{"precision": "bf16", "zero_stage": 1}, {"zero_stage": 3, "zero3_persistence_threshold": 0}]
+)
+def test_untrained_model_is_evaluated_in_every_mode_of_the_engine(data, tmp_path, engine):
+    config = write_config(
+        tmp_path / "run.yaml",
+        data,
+        steps=1,
+        data__eval={"shards": str(data / "test")},
+        evaluation__at_start=True,
+        # Its batch norms learn, and take no mixture of dtypes.
+        model__encoders__image={"kind": "timm", "name": "test_resnet", "frozen": False},
+        **{f"engine__{name}": value for name, value in engine.items()},
+    )
+    result = _mmd2v("train", config)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("recall") == 2
+
+
 # ------------------------------------------------------------------------------------ a run's traces
 
 

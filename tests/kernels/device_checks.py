@@ -202,16 +202,15 @@ def small_tiles() -> Iterator[None]:
     """In the interpreter, pieces so small that tiny shapes have several; on a GPU those that are shipped."""
     from mmd2v_kernels import expert_mlp_triton
 
-    shipped = expert_mlp_triton._tiles
+    shipped = expert_mlp_triton.TILES
     if INTERPRETED:
-        tiles = expert_mlp_triton.Tiles(
-            rows=32, columns=32, gradient_columns=16, depth=16, wgrad=(16, 32, 16), chunk=40, norm=16, epilogue=(16, 32)
+        expert_mlp_triton.TILES = expert_mlp_triton.Tiles(
+            rows=32, columns=32, gelu_columns=16, depth=16, wgrad=(16, 32, 16), chunk=40, norm=16, epilogue=(16, 32)
         )
-        expert_mlp_triton._tiles = lambda dtype: tiles
     try:
         yield
     finally:
-        expert_mlp_triton._tiles = shipped
+        expert_mlp_triton.TILES = shipped
 
 
 def check_the_same_every_time(dtype: torch.dtype, by: str = OUR_PRODUCTS) -> None:
@@ -320,7 +319,7 @@ def main() -> int:
     failed, wanted, ending = 0, *(*sys.argv[1:3], "", "")[:2]
     checks = all_checks(INTERPRETED)
     for name in names(list(DTYPES), INTERPRETED):
-        if not (name.startswith(wanted) and name.endswith(ending)):
+        if not (name.startswith(wanted) and name.endswith(f"/{ending}" if ending else "")):
             continue
         check, _, dtype = name.rpartition("/")
         torch.manual_seed(0)

@@ -132,5 +132,6 @@ def _kth_at_least(scores_rm: np.ndarray, k: int) -> np.ndarray:
 
 def _below(kth: np.ndarray, error: np.ndarray) -> np.ndarray:
     """Return twice the error below the k-th best score, rounded down; an unknown one stays the lowest."""
-    bound = np.nextafter((kth - 2 * error).astype(np.float32), np.float32(-np.inf))
-    return np.where(kth > _LOWEST, bound, _LOWEST)
+    known = kth > _LOWEST
+    bound = (np.where(known, kth, 0) - 2 * error).astype(np.float32)
+    return np.where(known, np.nextafter(bound, np.float32(-np.inf)), _LOWEST)

@@ -22,6 +22,8 @@ __all__ = ["count_sides"]
 
 _CLOSE_SHARE = 1 / 64
 """Of a block's pairs: with more of them close, a float64 product of the block costs less than their exact scores."""
+_FEW_CLOSE = 4096
+"""So many are scored exactly in any block."""
 
 
 def count_sides(
@@ -68,7 +70,7 @@ def count_sides(
 
             found = in_threads(look, range(0, len(rows), PIECE))
             close = sum(len(of_row.rows) + len(of_column.rows) for _, of_row, of_column in found)
-            if close > max(4096, len(rows) * len(columns) * _CLOSE_SHARE):
+            if close > max(_FEW_CLOSE, len(rows) * len(columns) * _CLOSE_SHARE):
                 in_float64(row, column, rows, columns)
                 continue
             for start, of_row, of_column in found:

@@ -12,6 +12,15 @@ from hypothesis import strategies as st
 from mmd2v_kernels import cosine_topk, count_ahead, rank_count
 from mmd2v_kernels.retrieval_order import exact_dot, exact_pairs, product_error
 
+
+@pytest.fixture(scope="module", autouse=True, params=["segmented", "reference"])
+def path(request):
+    """Both paths of the CPU give the same numbers, to the last bit."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MMD2V_KERNELS", f"rank_count={request.param},cosine_topk={request.param}")
+        yield request.param
+
+
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 

@@ -1,7 +1,7 @@
 """What was measured to be the fastest path of an operator, by device.
 
-`benchmarks/kernels` and `benchmarks/retrieval` write the rows (`benchmarks/results/*_h100.*`); nothing is entered here that was not measured. Without a row for a device the
-kernels of this package are not chosen on it.
+`benchmarks/kernels` and `benchmarks/retrieval` write the rows, of what is in `benchmarks/results`; nothing is entered
+here that was not measured. Without a row for a device the kernels of this package are not chosen on it.
 """
 
 from __future__ import annotations

@@ -28,7 +28,7 @@ def software_checks() -> list[Check]:
         *needed,
         Check("operators of torchvision", torchvision_operators),
         Check("triton", partial(optional_on_cuda, "triton", "kernels are compiled with it")),
-        Check("xformers", partial(optional_on_cuda, "xformers", "attention uses it; without it, torch's SDPA")),
+        Check("xformers", xformers),
         Check("apex", apex),
         Check("mpi4py", mpi4py),
         Check("C++ compiler", compiler),
@@ -92,6 +92,26 @@ def optional_on_cuda(name: str, use: str, subject: Subject) -> Finding:
     if _has_cuda():
         return Finding("warning", f"not installed: {use}", "pip install 'mmd2v[gpu]'")
     return Finding("ok", f"not installed: {use}, on CUDA only")
+
+
+def xformers(subject: Subject) -> Finding:
+    """Check what attention on CUDA uses and that its kernels load: a build for another CUDA comes without them."""
+    finding = optional_on_cuda("xformers", "attention uses it; without it, torch's SDPA", subject)
+    problem = xformers_load_error() if installed("xformers") is not None and _has_cuda() else None
+    if problem is None:
+        return finding
+    hint = "install the build for this torch and CUDA; until then attention uses torch's SDPA"
+    return Finding("warning", f"{finding.what}, but its kernels do not load: {problem}", hint)
+
+
+def xformers_load_error() -> str | None:
+    """Return why xformers' compiled part does not load; None if it does."""
+    try:
+        from xformers import _cpp_lib
+    except Exception as error:  # a build for another torch raises all kinds of errors at import
+        return str(error).splitlines()[0]
+    error = getattr(_cpp_lib, "_cpp_library_load_exception", None)
+    return None if error is None else " ".join(str(error).split("\n  Please")[0].split())
 
 
 def apex(subject: Subject) -> Finding:

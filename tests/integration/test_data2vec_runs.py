@@ -2,11 +2,11 @@
 
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import yaml
+from mmd2v_process import run_mmd2v
 from safetensors.torch import load_file
 from training_runs import make_data, write_config
 
@@ -18,10 +18,7 @@ STEPS = 60
 
 
 def _mmd2v(*arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "mmd2v", *map(str, arguments)]
-    return subprocess.run(
-        command, env={**os.environ, **environment}, capture_output=True, text=True, check=False, timeout=300, cwd=ROOT
-    )
+    return run_mmd2v(arguments, env={**os.environ, **environment}, cwd=ROOT)
 
 
 @pytest.fixture(scope="module")

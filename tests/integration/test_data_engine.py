@@ -2,16 +2,13 @@
 
 import json
 import os
-import signal
-import socket
-import subprocess
-import sys
 import time
 from collections import Counter
 from pathlib import Path
 
 import pytest
 from data_samples import write_tar
+from mmd2v_process import MMD2VProcess, run_mmd2v
 from training_runs import make_data, write_config
 
 from mmd2v.data.shards import ShardSet
@@ -60,26 +57,8 @@ def config(file: Path, data: Path, **changes) -> Path:
     return write_config(file, data, **settings)
 
 
-def launch(arguments: list[object], ranks: int) -> list[str]:
-    if ranks == 1:
-        return [sys.executable, "-m", "mmd2v", *map(str, arguments)]
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port = listener.getsockname()[1]
-    launcher = [
-        str(Path(sys.executable).parent / "deepspeed"),
-        "--num_accelerators",
-        str(ranks),
-        "--master_port",
-        str(port),
-    ]
-    return [*launcher, "--module", "mmd2v", *map(str, arguments)]
-
-
 def run(arguments: list[object], ranks: int = 1, expect: int = 0) -> str:
-    result = subprocess.run(
-        launch(arguments, ranks), env=ENVIRONMENT, capture_output=True, text=True, check=False, timeout=240
-    )
+    result = run_mmd2v(arguments, env=ENVIRONMENT, ranks=ranks, timeout=240)
     assert (result.returncode == 0) == (expect == 0), result.stdout + result.stderr
     return result.stdout + result.stderr
 
@@ -121,15 +100,12 @@ def test_killed_in_mid_epoch_and_resumed_nothing_is_repeated_or_lost(data, tmp_p
     whole, killed = config(tmp_path / "whole.yaml", data), config(tmp_path / "killed.yaml", data)
     run(["train", whole])
     metrics = tmp_path / "runs" / "killed" / "metrics.jsonl"
-    process = subprocess.Popen(
-        launch(["train", killed], 1), env=ENVIRONMENT, start_new_session=True, stdout=subprocess.DEVNULL
-    )
+    process = MMD2VProcess(["train", killed], ENVIRONMENT)
     deadline = time.monotonic() + 120
     while not metrics.exists() or len(losses(killed)) < 6:
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.005)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+    process.kill()
     run(["train", killed, "--resume", "auto", "--data.workers", "1"])  # another number of workers
     assert traced(killed, 1) == traced(whole, 1)
     assert losses(killed) == losses(whole)

@@ -1,7 +1,6 @@
 """A run on text alone as a user starts it: dry run, kill and resume, export, use."""
 
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -10,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from mmd2v_process import MMD2VProcess, run_mmd2v
 from text_runs import make_text_data, sentences, write_text_config
 
 import mmd2v
@@ -25,8 +25,7 @@ MMD2V = [sys.executable, "-m", "mmd2v"]
 
 
 def _mmd2v(*arguments: object) -> subprocess.CompletedProcess[str]:
-    command = [*MMD2V, *map(str, arguments)]
-    return subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, check=False, timeout=300)
+    return run_mmd2v(arguments, env=ENVIRONMENT)
 
 
 def _exact(run_dir: Path) -> list[dict[str, float]]:
@@ -105,10 +104,7 @@ def test_records_have_tokens_and_samples_and_epochs(whole):
 
 def test_a_killed_run_goes_on_as_if_it_had_not_been_killed(whole, config):
     run_dir, trace = config.parent / "runs" / "killed", config.parent / "trace-killed"
-    command = [*MMD2V, "train", str(config), "--run_dir", str(run_dir), "--data.trace", str(trace)]
-    process = subprocess.Popen(
-        command, env=ENVIRONMENT, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
+    process = MMD2VProcess(["train", config, "--run_dir", run_dir, "--data.trace", trace], ENVIRONMENT)
     metrics, deadline = run_dir / "metrics.jsonl", time.monotonic() + 200
     try:
         while not (
@@ -119,8 +115,7 @@ def test_a_killed_run_goes_on_as_if_it_had_not_been_killed(whole, config):
             assert process.poll() is None and time.monotonic() < deadline
             time.sleep(0.002)
     finally:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+        process.kill()
     reached = max(r["step"] for r in read_metrics(metrics))
     assert EVERY < reached < STEPS
     result = _mmd2v("train", config, "--run_dir", run_dir, "--data.trace", trace, "--resume", "auto")

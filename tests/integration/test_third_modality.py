@@ -3,7 +3,6 @@
 import io
 import os
 import shutil
-import socket
 import subprocess
 import sys
 import tarfile
@@ -11,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from mmd2v_process import run_mmd2v
 from PIL import Image
 from training_runs import make_data, write_config
 
@@ -78,8 +78,7 @@ def _config(file: Path, data: Path, **changes) -> Path:
 
 
 def _mmd2v(*arguments: object) -> str:
-    command = [sys.executable, "-m", "mmd2v", *map(str, arguments)]
-    result = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, check=False, timeout=300)
+    result = run_mmd2v(arguments, env=ENVIRONMENT)
     assert result.returncode == 0, result.stderr
     return result.stdout + result.stderr
 
@@ -123,23 +122,9 @@ def test_a_resumed_run_repeats_every_step(config, run_dir):
 
 def test_two_ranks_have_the_losses_of_one(config, run_dir):
     pair = run_dir.with_name("pair")
-    command = [sys.executable, "-m", "mmd2v", "train", config, "--run_dir", pair, "--checkpoint.every", "null"]
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(listener.getsockname()[1])}
-    ranks = [
-        subprocess.Popen(
-            list(map(str, command)),
-            env={**ENVIRONMENT, **meeting, "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "RANK": r, "LOCAL_RANK": r},
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for r in "01"
-    ]
-    for process in ranks:
-        _, told = process.communicate(timeout=300)
-        assert process.returncode == 0, told
+    arguments = ["train", config, "--run_dir", pair, "--checkpoint.every", "null"]
+    result = run_mmd2v(arguments, env=ENVIRONMENT, ranks=2)
+    assert result.returncode == 0, result.stderr
     together, alone = _losses(pair), _losses(run_dir)
     for step in (1, 2, 3):
         assert together[step] == pytest.approx(alone[step], abs=1e-4)

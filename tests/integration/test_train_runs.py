@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from mmd2v_process import run_mmd2v, start_ranks
 from training_runs import make_data, write_config
 
 from mmd2v.train.checkpoints.folders import complete_checkpoints
@@ -29,8 +30,7 @@ NOISY = [{"kind": "separate", "drop_path": 0.2}, {"kind": "shared", "dropout": 0
 
 
 def _mmd2v(*arguments: object, **options) -> subprocess.CompletedProcess[str]:
-    command = [*MMD2V, *map(str, arguments)]
-    return subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, check=False, timeout=300, **options)
+    return run_mmd2v(arguments, env=ENVIRONMENT, **options)
 
 
 def _losses(run_dir: Path) -> dict[int, float]:
@@ -110,7 +110,8 @@ def test_run_directory_holds_everything(whole):
 
 def test_output_is_lines_without_noise(whole):
     lines = (whole / "output.txt").read_text().splitlines()
-    assert lines[1] == "optimiser: torch.optim.AdamW (fused), named in the config"
+    assert lines[1].startswith("kernels on cpu in float32: expert_mlp segmented (on cpu)")
+    assert lines[2] == "optimiser: torch.optim.AdamW (fused), named in the config"
     assert "4 images × 2 accumulation = 8 images a step" in lines[0]
     steps = [line for line in lines if line.startswith("step ") and "samples/s" in line]
     assert len(steps) == len(REPORTED)
@@ -316,7 +317,8 @@ def test_full_disk_while_exporting_is_one_line(whole, tmp_path):
     def limit() -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
 
-    result = _mmd2v("export", whole, "--out", tmp_path / "export", preexec_fn=limit)
+    command = [*MMD2V, "export", str(whole), "--out", str(tmp_path / "export")]
+    result = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=300, preexec_fn=limit)
     assert result.returncode == 2, result.stderr
     assert result.stderr.startswith("error: ") and len(result.stderr.splitlines()) == 1, result.stderr
     assert list(tmp_path.iterdir()) == []
@@ -380,22 +382,8 @@ def test_error_that_all_ranks_see_is_printed_once(config, data):
 
 def _two_ranks(arguments: list[object]) -> tuple[list[int], list[str]]:
     """Exit statuses and error output of two ranks without a launcher, which would mix what they say."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    launched = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    processes = [
-        subprocess.Popen(
-            [*MMD2V, *map(str, arguments)],
-            env={**ENVIRONMENT, **launched, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    errors = [process.communicate(timeout=200)[1] for process in processes]
-    return [process.returncode for process in processes], errors
+    processes = start_ranks(arguments, env=ENVIRONMENT, ranks=2)
+    return [process.wait() for process in processes], [process.output()[1] for process in processes]
 
 
 def test_dry_run_prints_and_touches_nothing(config, tmp_path):

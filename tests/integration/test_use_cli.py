@@ -1,13 +1,14 @@
 """From a trained run to its use: export, eval, embed and search through the command line."""
 
 import json
+import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from export_samples import photo_folder, small_export
+from mmd2v_process import run_mmd2v
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -39,8 +40,7 @@ logging: {{tensorboard: false}}
 
 
 def run(*arguments: object) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "mmd2v", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300)
+    return run_mmd2v(arguments, env=os.environ)
 
 
 @pytest.fixture(scope="module")

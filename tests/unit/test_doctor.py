@@ -474,3 +474,15 @@ def test_command_tells_and_writes_what_is_wrong(tmp_path, capsys, monkeypatch):
     assert written["fit"] is False and written["found"][0]["hint"] == "free some"
     checks.pop(0)
     assert main(["doctor"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("cuda", "problem", "level"), [(True, "built for CUDA 12", "warning"), (True, None, "ok"), (False, "x", "ok")]
+)
+def test_xformers_whose_kernels_do_not_load_is_told_where_they_would_be_used(cuda, problem, level, monkeypatch):
+    monkeypatch.setattr(software, "_has_cuda", lambda: cuda)
+    monkeypatch.setattr(software, "installed", lambda name: "0.0.35")
+    monkeypatch.setattr(software, "xformers_load_error", lambda: problem)
+    finding = software.xformers(None)
+    assert finding.level == level
+    assert ("do not load: built for CUDA 12" in finding.what) == (level == "warning")

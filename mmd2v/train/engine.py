@@ -63,6 +63,12 @@ class Engine:
         """Finish a micro-batch; the last one of a step clips and updates the parameters."""
         self.deepspeed.step()
 
+    def release(self) -> None:
+        """Under ZeRO-3 let go of the weights that passes without a step have gathered, as a step does by itself."""
+        offload = getattr(self.deepspeed.optimizer, "parameter_offload", None)
+        if offload is not None:
+            offload.partition_all_parameters()
+
     @property
     def left_out(self) -> bool:
         """Whether the last step was left out on every rank because its gradient was not finite."""

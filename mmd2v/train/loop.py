@@ -420,6 +420,7 @@ class Run:
         with self._pause("evaluating"):
             average_buffers(self.engine.module)
             metrics = evaluate(self.config, self.parts, self.world)
+            self.engine.release()
         self.reporter.record(self.step, {f"evaluation/{name}": value for name, value in metrics.items()})
         self.reporter.say(f"step {self.step}/{self.steps}  recall  {recall_line(metrics)}")
 

@@ -8,6 +8,10 @@ WORK/ROW-sS --resume auto`` in a process of its own, what stands behind ``--`` a
 WORK/ROW-sS.log and its result to WORK/ROW-sS.result.json. Interrupted? The same command goes on: finished runs are not
 started again, the others continue from their newest checkpoint.
 
+A run of one modality has no recall between images and texts: ``--measure`` measures its export after training, and
+with ``--untrained`` the students that the rows start from. ``--measure knn --train DIR --test DIR`` is ``mmd2v eval
+knn`` of the pooled vector, ``--measure pairs --pairs FILE --limit N`` is ``mmd2v eval pairs`` with mean pooling.
+
 Writes NAME.csv (a row a run), NAME.json (conditions and numbers) and NAME.md (means, intervals, differences).
 """
 
@@ -17,22 +21,34 @@ import hashlib
 import json
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import tyro
 import yaml
-from table import RunResult, conditions, difference_table, sampling_note, summary_table, write_csv
+from measure import Measurement
+from table import (
+    RunResult,
+    conditions,
+    difference_table,
+    sampling_note,
+    summary_table,
+    write_csv,
+)
+from untrained import export_untrained
 
 from mmd2v.config.load import load_config
 from mmd2v.errors import UserError, disk_message, unknown_name
+from mmd2v.export import export
 from mmd2v.files import check_output, write_json, write_text
 from mmd2v.progress import duration
 from mmd2v.train.metrics import METRICS_FILE, read_metrics
@@ -40,6 +56,7 @@ from mmd2v.train.metrics import METRICS_FILE, read_metrics
 PREFIX = "evaluation/"
 _STEP_SECONDS = "time/step(s)"
 _LAST_LINES = 5
+_UNTRAINED = ", untrained"
 
 
 @dataclass(frozen=True)
@@ -62,6 +79,22 @@ class Options:
     """Runs at the same time; each gets its share of the cores."""
     launcher: str | None = None
     """Command in front of `train`, for example "deepspeed --num_accelerators 2 --module mmd2v"; by default mmd2v."""
+    measure: Literal["knn", "pairs"] | None = None
+    """Measurement of each run's export, for runs of one modality; by default the runs' own recall is taken."""
+    train: Path | None = None
+    """knn: the memory bank, as `mmd2v eval knn` reads it."""
+    test: Path | None = None
+    """knn: images to classify."""
+    k: int = 10
+    """knn: neighbours that vote."""
+    pairs: Path | None = None
+    """pairs: file of labelled pairs."""
+    limit: int = 25_000
+    """pairs: positive pairs used, the first of the file."""
+    untrained: bool = False
+    """Measure the students before training too (with the first seed)."""
+    note: tuple[str, ...] = ()
+    """What else a reader of the numbers must know, such as how the data was chosen; a sentence each."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +106,11 @@ class Job:
     command: tuple[str, ...]
     work: Path
     inputs: str
-    """Hash of config and overrides: a result of other ones is not taken for this run's."""
+    """Hash of config, overrides and measurement: a result of other ones is not taken for this run's."""
+    measure: Measurement | None = None
+    """What is measured after training; None where the run measures itself."""
+    untrained: Callable[[Path], None] | None = None
+    """Writes the export of a row that is not trained."""
 
     @property
     def name(self) -> str:
@@ -91,6 +128,10 @@ class Job:
     @property
     def result(self) -> Path:
         return self.work / f"{self.name}.result.json"
+
+    @property
+    def export(self) -> Path:
+        return self.work / f"{self.name}.export"
 
 
 def main(argv: Sequence[str]) -> int:
@@ -132,6 +173,8 @@ def plan(options: Options, extra: Sequence[str]) -> list[Job]:
     if options.baseline is not None and options.baseline not in rows:
         raise unknown_name("--baseline", options.baseline, rows)
     launcher = [sys.executable, "-m", "mmd2v"] if options.launcher is None else shlex.split(options.launcher)
+    measure = measurement(options)
+    hashed = [*extra, measure.words()] if measure else extra
     jobs = []
     for seed in options.seeds:
         for row, config in rows.items():
@@ -140,8 +183,29 @@ def plan(options: Options, extra: Sequence[str]) -> list[Job]:
             load_config(config, [*own, *extra], options.scale)
             scale = [] if options.scale is None else ["--scale", options.scale]
             command = (*launcher, "train", str(config), *own, "--resume", "auto", *scale, *extra)
-            jobs.append(Job(row, seed, command, options.work, _hash(config, extra, options.scale)))
+            inputs = _hash(config, hashed, options.scale)
+            jobs.append(Job(row, seed, command, options.work, inputs, measure))
+            if options.untrained and seed == options.seeds[0]:
+                untrained = partial(export_untrained, config, [*own, *extra], scale=options.scale)
+                jobs.append(Job(row + _UNTRAINED, seed, (), options.work, inputs, measure, untrained))
     return jobs
+
+
+def measurement(options: Options) -> Measurement | None:
+    """Return what is measured after training. Raises UserError for options that do not go together."""
+    needed = {None: (), "knn": ("train", "test"), "pairs": ("pairs",)}[options.measure]
+    for name in ("train", "test", "pairs"):
+        given = getattr(options, name) is not None
+        if given != (name in needed):
+            kind = f"--measure {options.measure}" if options.measure else "no --measure"
+            raise UserError(f"--{name}: {'found' if given else 'missing'} with {kind}")
+    if options.measure is None:
+        if options.untrained:
+            raise UserError("--untrained: expected --measure, for recall is measured by runs alone")
+        return None
+    files = tuple(getattr(options, name) for name in needed)
+    count = options.k if options.measure == "knn" else options.limit
+    return Measurement(options.measure, files, count, threads_each(options.jobs))
 
 
 def finished(job: Job) -> RunResult | None:
@@ -155,8 +219,8 @@ def finished(job: Job) -> RunResult | None:
         raise UserError(f"{job.result}: not a result of this script ({error}); remove it to run again") from None
     if inputs != job.inputs:
         raise UserError(
-            f"{job.result}: the config or the overrides have changed since; remove it and {job.run_dir}, or name "
-            "another --work"
+            f"{job.result}: the config or the overrides have changed since, or the measurement; remove it and "
+            f"{job.run_dir}, or name another --work"
         )
     return result
 
@@ -213,18 +277,19 @@ def run(job: Job, running: Running, at_once: int) -> str | None:
     resumed = job.run_dir.exists()
     print(f"{job.name}: {'continues' if resumed else 'starts'}, output in {job.log}", flush=True)
     start = time.monotonic()
-    with open(job.log, "ab") as log:
-        try:
-            status = running.call(
-                job.command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, env=environment
-            )
-        except OSError as error:
-            return f"{job.name}: {job.command[0]} cannot be started: {error.strerror or error}"
-    if status != 0:
-        last = job.log.read_text(encoding="utf-8", errors="replace").splitlines()[-_LAST_LINES:]
-        return f"{job.name}: ended with status {status}; {job.log} ends:\n  " + "\n  ".join(last)
+    if job.untrained is None:
+        with open(job.log, "ab") as log:
+            try:
+                status = running.call(
+                    job.command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, env=environment
+                )
+            except OSError as error:
+                return f"{job.name}: {job.command[0]} cannot be started: {error.strerror or error}"
+        if status != 0:
+            last = job.log.read_text(encoding="utf-8", errors="replace").splitlines()[-_LAST_LINES:]
+            return f"{job.name}: ended with status {status}; {job.log} ends:\n  " + "\n  ".join(last)
     try:
-        result = read_result(job)
+        result = read_result(job) if job.measure is None else measured_result(job, job.measure)
     except UserError as error:
         return f"{job.name}: {error}"
     write_json(job.result, {**result._asdict(), "inputs": job.inputs})
@@ -255,6 +320,30 @@ def read_result(job: Job) -> RunResult:
         captions=last.get(f"{PREFIX}captions"),
         minutes=train_minutes(records),
         **parameter_counts(job.run_dir),
+    )
+
+
+def measured_result(job: Job, measure: Measurement) -> RunResult:
+    """Export a finished run, or the student it would start from, and measure that."""
+    shutil.rmtree(job.export, ignore_errors=True)  # of a measurement that was interrupted
+    if job.untrained is not None:
+        job.untrained(job.export)
+        records = []
+    else:
+        export(job.run_dir, job.export)
+        records = read_metrics(job.run_dir / METRICS_FILE)
+    found = measure(job.export)
+    shutil.rmtree(job.export)
+    return RunResult(
+        row=job.row,
+        seed=job.seed,
+        steps=records[-1]["step"] if records else 0,
+        recall=found.numbers,
+        images=None,
+        captions=None,
+        minutes=train_minutes(records),
+        **parameter_counts(job.run_dir),
+        queries=found.queries,
     )
 
 
@@ -292,22 +381,32 @@ def parameter_counts(run_dir: Path) -> dict[str, int | None]:
 
 def write_table(options: Options, extra: Sequence[str], results: list[RunResult], unfinished: list[str]) -> None:
     """Write the three files and print the table."""
-    rows = [path.stem for path in options.runs]
+    rows = [path.stem + ending for path in options.runs for ending in ("", _UNTRAINED)]
     results = sorted(results, key=lambda result: (rows.index(result.row), result.seed))
-    text = [f"# {options.out.name}", summary_table(results), sampling_note(results)]
-    if options.baseline is not None and len({result.row for result in results}) > 1:
-        text.append(difference_table(results, options.baseline))
+    measure = measurement(options)
+    text = [
+        f"# {options.out.name}",
+        summary_table(results, measure.title() if measure else "Recall"),
+        sampling_note(results),
+    ]
+    trained = [result for result in results if not result.row.endswith(_UNTRAINED)]
+    if options.baseline is not None and len({result.row for result in trained}) > 1:
+        text.append(difference_table(trained, options.baseline))
+    text += options.note
     if unfinished:
         text.append(f"Not finished: {', '.join(unfinished)}.")
     write_csv(with_ending(options.out, ".csv"), results)
-    command = ["train", "CONFIG", "--seed", "SEED", "--run_dir", "RUN", "--resume", "auto", *extra]
+    scale = [] if options.scale is None else ["--scale", options.scale]
+    command = ["train", "CONFIG", "--seed", "SEED", "--run_dir", "RUN", "--resume", "auto", *scale, *extra]
     launcher = shlex.split(options.launcher) if options.launcher else ["mmd2v"]
     settings = {
+        **({} if measure is None else {"measurement": measure.words()}),
         "configs": {path.name: _hash(path, (), options.scale) for path in options.runs},
         "seeds": list(options.seeds),
         "baseline": options.baseline,
         "runs at the same time": options.jobs,
         "threads a run": threads_each(options.jobs),
+        "notes": list(options.note),
         "unfinished": unfinished,
     }
     write_json(with_ending(options.out, ".json"), conditions([*launcher, *command], settings, results))

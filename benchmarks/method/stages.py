@@ -24,18 +24,16 @@ import torch
 import tyro
 from intervals import binomial_half_width
 from table import surroundings
+from untrained import export_untrained
 
 import mmd2v
 from mmd2v.config.load import load_config
 from mmd2v.data.batch import Batch
-from mmd2v.data.tokenizers import load_tokenizer
 from mmd2v.evaluation.features import image_features, text_features
 from mmd2v.evaluation.knn import knn_of_folder
 from mmd2v.evaluation.text_pairs import pairs_of_file
-from mmd2v.export import write_export
 from mmd2v.files import check_output, write_json, write_text
 from mmd2v.inference import Encoder
-from mmd2v.models.student import build_student
 from mmd2v.models.teachers import build_teachers
 
 
@@ -141,10 +139,8 @@ def _image_rows(options: Image) -> tuple[dict[str, dict[str, float]], str, int]:
 
 def _untrained(path: Path, overrides: list[str]) -> Encoder:
     """The student as its config starts it."""
-    config = load_config(path, overrides)
-    tokenizer = load_tokenizer(config.data.tokenizer) if config.data.tokenizer else None
     with tempfile.TemporaryDirectory() as folder:
-        write_export(Path(folder) / "export", build_student(config, tokenizer), config, tokenizer)
+        export_untrained(path, overrides, Path(folder) / "export")
         return mmd2v.load(Path(folder) / "export")
 
 

@@ -18,7 +18,14 @@ from mmd2v.report.machine import processor
 from mmd2v.train.run_dir import code_version
 
 _PACKAGES = ("torch", "deepspeed", "transformers", "timm")
-_LABELS = {"i2t": "image → text", "t2i": "text → image"}
+_LABELS = {
+    "i2t": "image → text",
+    "t2i": "text → image",
+    "first_to_second": "sentence 1 → 2",
+    "second_to_first": "sentence 2 → 1",
+    "knn_top1": "k-NN accuracy",
+    "mean": "mean of the four",
+}
 
 
 class RunResult(NamedTuple):
@@ -35,6 +42,8 @@ class RunResult(NamedTuple):
     student_parameters: int | None
     trainable_parameters: int | None
     """Of the student and of what the objectives bring."""
+    queries: int | None = None
+    """Of a measurement after training: images or sentence pairs that a number is a share of."""
 
 
 def recall_keys(results: Sequence[RunResult]) -> list[str]:
@@ -74,8 +83,8 @@ def surroundings(command: Sequence[str]) -> dict[str, Any]:
     }
 
 
-def summary_table(results: Sequence[RunResult]) -> str:
-    """Make the table of means, with Student's t interval over the seeds where there are several."""
+def summary_table(results: Sequence[RunResult], what: str = "Recall") -> str:
+    """Make the table of means of ``what``, with Student's t interval over the seeds where there are several."""
     rows = _by_row(results)
     keys = recall_keys(results)
 
@@ -88,7 +97,8 @@ def summary_table(results: Sequence[RunResult]) -> str:
 
     header = ["row", "seeds", *map(_label, keys), "student (M)", "trainable (M)", "training (min)"]
     several = any(len(own) > 1 for own in rows.values())
-    note = "Recall in percent, mean ± 95 % interval over the seeds (Student's t)." if several else "Recall in percent."
+    interval = ", mean ± 95 % interval over the seeds (Student's t)" if several else ""
+    note = f"{what} in percent{interval}."
     return f"{note}\n\n{_markdown(header, rows, cells)}"
 
 
@@ -115,6 +125,12 @@ def difference_table(results: Sequence[RunResult], baseline: str) -> str:
 
 def sampling_note(results: Sequence[RunResult]) -> str:
     """Say how far another test set of this size might move a recall."""
+    if (queries := results[0].queries) is not None:
+        half, share = max((binomial_half_width(n, queries), n) for result in results for n in result.recall.values())
+        return (
+            f"Another test set of this size might move a number by (95 %, binomial) ± {100 * half:.1f} points at most "
+            f"({queries:,} queries, at {100 * share:.1f} %). All rows share one test set: their differences move less."
+        )
     parts = []
     for direction, count in (("i2t", results[0].images), ("t2i", results[0].captions)):
         key = f"{direction}_R@1"
@@ -160,6 +176,8 @@ def _percent(estimate: Estimate | None, sign: str = "") -> str:
 
 
 def _label(key: str) -> str:
+    if key in _LABELS:
+        return _LABELS[key]
     direction, _, recall = key.rpartition("_")
     return f"{_LABELS.get(direction, direction)} {recall}"
 

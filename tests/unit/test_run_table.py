@@ -134,6 +134,22 @@ def test_tables_by_hand(module):
     assert "± 2.5 points for image → text R@1 (1,000 queries, at 20.0 %)" in table.sampling_note(results)
 
 
+def test_tables_of_a_measurement(module):
+    table = module("table")
+
+    def result(row, seed, mean):
+        numbers = {"mean": mean, "second_to_first_R@5": 0.9}
+        return table.RunResult(row, seed, 4, numbers, None, None, 2.0, None, None, queries=1000)
+
+    results = [result("a", 0, 0.5), result("a", 1, 0.5)]
+    lines = table.summary_table(results, "Accuracy").splitlines()
+    assert lines[0] == "Accuracy in percent, mean ± 95 % interval over the seeds (Student's t)."
+    assert lines[2].startswith("| row | seeds | mean of the four | sentence 2 → 1 R@5 | student (M) |")
+    # Widest where a share is next to a half: 1.95996 / 1.003841 · √(0.25 / 1000 + …) = 3.09 points.
+    note = table.sampling_note(results)
+    assert "± 3.1 points at most (1,000 queries, at 50.0 %)" in note and "captions" not in note
+
+
 def test_folders_of_the_machine_are_left_out(module):
     words = ["/usr/bin/x", "--data.train.shards", "/data/a/train", "--w=/data/w.pt", "hf:/data/minilm", "a/b", "1e-3"]
     kept = ["x", "--data.train.shards", "train", "--w=w.pt", "hf:minilm", "a/b", "1e-3"]
@@ -285,3 +301,68 @@ def test_scale_is_asked_of_every_run_and_part_of_what_a_result_is_of(module, tmp
     assert len({job.inputs, plain.inputs, changed.inputs}) == 3
     with pytest.raises(UserError, match="--scale"):
         run_table.plan(run_table.Options(**arguments, scale="smal"), [])
+
+
+def measured(module, folder, monkeypatch, *more: str, seeds: tuple[int, ...] = (0, 1, 2)) -> int:
+    """Run rows a and b, an export being its row's name and a number: 0.5 of an untrained student, else 0.6 or 0.7."""
+    run_table, measure = module("run_table"), module("measure")
+
+    def write(text: str, out: Path) -> None:
+        out.mkdir()
+        (out / "row").write_text(text)
+
+    def number(self, export: Path):
+        return measure.Measured({"knn_top1": float((export / "row").read_text())}, 1000)
+
+    monkeypatch.setattr(run_table, "export", lambda run, out: write("0.6" if run.name[0] == "a" else "0.7", out))
+    monkeypatch.setattr(run_table, "export_untrained", lambda config, words, out, scale: write("0.5", out))
+    monkeypatch.setattr(measure.Measurement, "__call__", number)
+    knn = ["--measure", "knn", "--train", str(folder / "bank"), "--test", str(folder / "queries")]
+    return run_table.main([*arguments(folder, "a", "b", seeds=seeds), "--baseline", "a", *knn, *more])
+
+
+def test_a_table_of_what_is_measured_after_training(module, folder, monkeypatch):
+    # A run of one modality leaves no recall.
+    fake = (folder / "fake.py").read_text()
+    (folder / "fake.py").write_text(fake.replace("lines = [", "metrics = {}\nlines = ["))
+    assert measured(module, folder, monkeypatch, "--untrained", "--note", "Few images.") == 0
+    assert started(folder) == [f"{row}-s{seed}" for row in "ab" for seed in range(3)]
+    text = (folder / "out" / "v1.0.md").read_text()
+    assert text.splitlines()[2].startswith("Accuracy of 10-NN classification (pooled vector) in percent, mean ±")
+    table = [line for line in text.splitlines() if line.startswith("| ")]
+    assert table[:5] == [
+        "| row | seeds | k-NN accuracy | student (M) | trainable (M) | training (min) |",
+        "| a | 0, 1, 2 | 60.0 ± 0.0 | 0.00 | 0.00 | 3.0 |",
+        "| a, untrained | 0 | 50.0 | – | – | 0.0 |",
+        "| b | 0, 1, 2 | 70.0 ± 0.0 | 0.00 | 0.00 | 3.0 |",
+        "| b, untrained | 0 | 50.0 | – | – | 0.0 |",
+    ]
+    # Untrained students are for reference: no difference is taken to them.
+    assert table[5:] == ["| row | seeds | k-NN accuracy |", "| b | 0, 1, 2 | +10.0 ± 0.0 |"]
+    assert text.endswith("Few images.\n") and "1,000 queries" in text
+    found = json.loads((folder / "out" / "v1.0.json").read_text())
+    assert found["measurement"] == "eval knn EXPORT --train bank --test queries --k 10 --features pooled"
+    assert found["notes"] == ["Few images."] and str(folder) not in json.dumps(found)
+    assert [result["steps"] for result in found["results"]] == [4, 4, 4, 0, 4, 4, 4, 0]
+    assert not list((folder / "work").glob("*.export"))
+
+
+def test_a_result_of_another_measurement_is_not_taken(module, folder, monkeypatch):
+    assert measured(module, folder, monkeypatch, seeds=(0,)) == 0
+    assert measured(module, folder, monkeypatch, seeds=(0,)) == 0
+    assert started(folder) == ["a-s0", "b-s0"]
+    with pytest.raises(UserError, match="or the measurement"):
+        measured(module, folder, monkeypatch, "--k", "5", seeds=(0,))
+
+
+def test_measurements_that_lack_their_files_are_refused(module, folder):
+    main = module("run_table").main
+    for more, message in [
+        (["--measure", "knn", "--train", "x"], "--test: missing with --measure knn"),
+        (["--measure", "pairs"], "--pairs: missing with --measure pairs"),
+        (["--pairs", "x"], "--pairs: found with no --measure"),
+        (["--untrained"], "--untrained: expected --measure"),
+    ]:
+        with pytest.raises(UserError, match=message):
+            main([*arguments(folder, "a"), *more])
+    assert not (folder / "work").exists()

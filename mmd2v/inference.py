@@ -45,6 +45,11 @@ class Encoder:
         self.precision = precision
 
     @property
+    def name(self) -> str:
+        """What tables call it: the name of the run it was exported from."""
+        return self.config.name
+
+    @property
     def width(self) -> int:
         """E"""
         return self.student.embedding_width

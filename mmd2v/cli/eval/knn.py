@@ -1,0 +1,43 @@
+"""`mmd2v eval knn`: k-NN image classification with an exported encoder."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+from tyro.conf import Positional, arg
+
+from mmd2v.cli.eval.common import OfExport
+
+
+@dataclass(frozen=True, kw_only=True)
+class Knn(OfExport):
+    """k-NN image classification: a labelled set as memory bank, cosine, majority vote, top-1."""
+
+    model: Positional[Path]
+    """Folder written by `mmd2v export`."""
+    train: Annotated[Path, arg(metavar="DATA")]
+    """Memory bank: a folder of class folders of images, or a .tar, .tar.gz or .zip of one; of an archive with several
+    sets, one of them: cifar10.tar.gz/cifar10/train."""
+    test: Annotated[Path, arg(metavar="DATA")]
+    """Images to classify, in the same forms."""
+    k: int = 10
+    """Neighbours that vote."""
+    features: Literal["embedding", "pooled"] = "embedding"
+    """embedding: what retrieval compares; pooled: the vector before the projection."""
+
+    def run(self) -> int:
+        """Measure and print accuracy."""
+        from mmd2v.evaluation.features import image_features, modality_of
+        from mmd2v.evaluation.knn import knn_of_folder
+
+        encoder = self.load(self.model)
+        modality_of(encoder, "image", f"{self.model}: k-NN classification")
+        found = knn_of_folder(
+            lambda images: image_features(encoder, images, self.features, self.batch_size),
+            self.train,
+            self.test,
+            self.k,
+        )
+        return self.report(encoder, {"features": self.features}, found.text(), found.record())

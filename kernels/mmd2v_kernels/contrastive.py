@@ -11,9 +11,10 @@ from typing import NamedTuple
 
 import torch
 
-__all__ = ["ContrastiveWeights", "contrastive"]
+from mmd2v_kernels.logit_chunks import CHUNK
+from mmd2v_kernels.pair_softmax import Positives, pair_softmax
 
-_OUT_OF_SIGHT = -1e9  # a logit whose softmax is exactly 0 in fp32, and whose product with 0 is 0 (that of -inf is NaN)
+__all__ = ["ContrastiveWeights", "contrastive"]
 
 
 class ContrastiveWeights(NamedTuple):
@@ -36,6 +37,7 @@ def contrastive(
     scale: torch.Tensor,
     label_smoothing: float = 0.0,
     weights: ContrastiveWeights | None = None,
+    chunk: int = CHUNK,
 ) -> torch.Tensor:
     """Return the scalar loss of this rank's rows: half the mean over its images plus half the mean over its captions.
 
@@ -43,50 +45,50 @@ def contrastive(
     ranks (gathered with gradient; the same tensors on one rank). ``owner_n`` and ``owner_N`` (int64) give each
     caption's row in ``image_BD``; ``image_offset`` is the row in ``image_BD`` of this rank's first image. ``scale``
     is the inverse temperature. ``weights`` leaves rows out: the means still divide by all rows, so that the loss is the
-    same however the rows lie on ranks. Logits are computed in fp32.
+    same however the rows lie on ranks. Logits are computed in fp32, about
+    ``chunk`` at once: no B × N matrix is ever in memory.
     """
     image_b, text_n, image_B, text_N = weights or (None, None, None, None)
-    # The cast keeps autocast from rounding logits to bf16: at scale 100 that would be half a unit of log-likelihood.
-    with torch.autocast(image_bD.device.type, enabled=False):
-        scale = scale.float()
-        image_logits_bN = _logits(scale * image_bD.float(), text_ND.float(), text_N)
-        text_logits_nB = _logits(scale * text_nD.float(), image_BD.float(), image_B)
-    rows_b = torch.arange(image_bD.shape[0], device=image_bD.device) + image_offset
-    positive_bN = (owner_N[None, :] == rows_b[:, None]).float()
-    captions_b = positive_bN.sum(dim=1)
-    image_mean_b = (positive_bN * image_logits_bN).sum(dim=1) / captions_b.clamp(min=1)
-    text_mean_n = text_logits_nB.gather(1, owner_n[:, None])[:, 0]
-    has_caption_b, has_image_n = captions_b.clamp(max=1), torch.ones_like(text_mean_n)
-    image_loss = _cross_entropy(image_logits_bN, image_mean_b, has_caption_b, label_smoothing, image_b, text_N)
-    text_loss = _cross_entropy(text_logits_nB, text_mean_n, has_image_n, label_smoothing, text_n, image_B)
-    return (image_loss + text_loss) / 2
+    with torch.autocast(image_bD.device.type, enabled=False):  # which would round what is summed to bf16
+        images, captions = len(image_bD), len(text_nD)
+        # What one of its captions adds to the mean logit of an image's positives; 0 for images of other ranks.
+        row_N = owner_N - image_offset
+        is_own_N = (row_N >= 0) & (row_N < images)
+        row_N = row_N.clamp(0, images - 1)
+        captions_b = torch.zeros(images, device=row_N.device).index_add_(0, row_N, is_own_N.float())
+        share_N = is_own_N / captions_b.clamp(min=1)[row_N]
+
+        image_weight_b = _weight(image_b, images, row_N.device)
+        text_weight_n = _weight(text_n, captions, row_N.device)
+        target = 1 - label_smoothing
+        image_lse_b = image_weight_b * (target * captions_b.clamp(max=1) + label_smoothing)
+        positive_N = target * share_N * image_weight_b[row_N]
+        if image_BD is image_bD and text_ND is text_nD:  # one rank: each logit serves both directions
+            pairs = Positives(torch.arange(captions, device=row_N.device), owner_n, positive_N + target * text_weight_n)
+            loss = pair_softmax(text_nD, image_bD, scale, pairs, text_weight_n, image_lse_b, text_n, image_b, chunk)
+        else:
+            own = torch.arange(captions, device=row_N.device)
+            of_images = Positives(owner_N - image_offset, torch.arange(len(owner_N), device=row_N.device), positive_N)
+            of_captions = Positives(own, owner_n, target * text_weight_n)
+            loss = pair_softmax(image_bD, text_ND, scale, of_images, image_lse_b, column_seen_M=text_N, chunk=chunk)
+            loss = loss + pair_softmax(
+                text_nD, image_BD, scale, of_captions, text_weight_n, column_seen_M=image_B, chunk=chunk
+            )
+        if label_smoothing:
+            even = _even(image_weight_b, image_bD, text_ND, text_N) + _even(text_weight_n, text_nD, image_BD, image_B)
+            loss = loss - label_smoothing * scale.float().reshape(()) * even
+        return loss / 2
 
 
-def _logits(query_qD: torch.Tensor, candidate_cD: torch.Tensor, counts_c: torch.Tensor | None) -> torch.Tensor:
-    """[q, c] products, with candidates that do not count out of sight: one fused product and addition."""
-    if counts_c is None:
-        return query_qD @ candidate_cD.T
-    return torch.addmm(_OUT_OF_SIGHT * (1 - counts_c), query_qD, candidate_cD.T)
+def _weight(weight: torch.Tensor | None, queries: int, device: torch.device) -> torch.Tensor:
+    """[q] what a query's log-likelihood counts in the mean over all of them."""
+    return torch.full((queries,), 1 / queries, device=device) if weight is None else weight.float() / queries
 
 
-def _cross_entropy(
-    logits_qc: torch.Tensor,
-    positive_q: torch.Tensor,
-    mass_q: torch.Tensor,
-    smoothing: float,
-    query_q: torch.Tensor | None,
-    candidate_c: torch.Tensor | None,
+def _even(
+    weight_q: torch.Tensor, query_qD: torch.Tensor, candidate_cD: torch.Tensor, seen_c: torch.Tensor | None
 ) -> torch.Tensor:
-    """Mean cross-entropy over all q queries, of which those of weight 0 add nothing.
-
-    ``positive_q`` is the mean logit of a query's positives and ``mass_q`` 1, or 0 for a query that has none;
-    ``smoothing`` of the target's mass is spread evenly over the candidates that count.
-    """
-    expected_q = positive_q
-    if smoothing:
-        even_c = torch.ones_like(logits_qc[0]) if candidate_c is None else candidate_c
-        even_q = (logits_qc * even_c).sum(dim=1) / even_c.sum().clamp(min=1)
-        expected_q = (1 - smoothing) * positive_q + smoothing * even_q
-        mass_q = (1 - smoothing) * mass_q + smoothing
-    loss_q = mass_q * logits_qc.logsumexp(dim=1) - expected_q
-    return (loss_q if query_q is None else loss_q * query_q).mean()
+    """Return Σ weight · (mean product of the query with the candidates that count)."""
+    even_c = torch.ones_like(candidate_cD[:, 0], dtype=torch.float32) if seen_c is None else seen_c.float()
+    even_c = even_c / even_c.sum().clamp(min=1)
+    return (weight_q @ query_qD.float()) @ (even_c @ candidate_cD.float())

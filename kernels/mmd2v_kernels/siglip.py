@@ -5,8 +5,13 @@ Shapes: b images of this rank, B images and N captions of all ranks, D width of 
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
+
+from mmd2v_kernels.logit_chunks import CHUNK, LogitChunks
 
 __all__ = ["siglip"]
 
@@ -20,6 +25,7 @@ def siglip(
     bias: torch.Tensor,
     mean_over: float,
     weights: tuple[torch.Tensor, torch.Tensor] | None = None,
+    chunk: int = CHUNK,
 ) -> torch.Tensor:
     """Return the scalar loss of this rank's images with all ranks' captions.
 
@@ -30,16 +36,73 @@ def siglip(
     (in the source, which has one caption an image, the number of images): the mean over ranks is then the sum over
     all pairs divided by N. ``weights`` are those of the b images and the N captions, 0 for what is in no pair; the
     divisor stays, so that the loss is the same however the rows lie on ranks. Logits are computed in fp32, or fp64
-    where the embeddings are.
+    where the embeddings are, about ``chunk`` at once.
     """
     dtype = torch.promote_types(image_bD.dtype, torch.float32)
+    weight_b, weight_N = (None, None) if weights is None else (weight.to(dtype) for weight in weights)
     with torch.autocast(image_bD.device.type, enabled=False):  # which would round logits to bf16
-        logits_bN = (scale.to(dtype) * image_bD.to(dtype)) @ text_ND.to(dtype).T + bias.to(dtype)
-    rows_b = torch.arange(image_bD.shape[0], device=image_bD.device) + image_offset
-    is_positive_bN = owner_N[None, :] == rows_b[:, None]
-    # -log sigmoid(z) = softplus(-z); of a negative z is the logit with its sign changed.
-    loss_bN = F.softplus(torch.where(is_positive_bN, -logits_bN, logits_bN))
-    if weights is not None:
-        image_b, text_N = weights
-        loss_bN = loss_bN * image_b[:, None] * text_N
-    return loss_bN.sum() / mean_over
+        return (
+            _PairSigmoid.apply(
+                image_bD.to(dtype),
+                text_ND.to(dtype),
+                scale.to(dtype).reshape(()),
+                bias.to(dtype).reshape(()),
+                owner_N - image_offset,
+                weight_b,
+                weight_N,
+                chunk,
+            )
+            / mean_over
+        )
+
+
+class _PairSigmoid(torch.autograd.Function):
+    """Σ weight · softplus(∓logit) over all pairs; its gradient is summed in the forward pass, as it is a scalar."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        image_bD: torch.Tensor,
+        text_ND: torch.Tensor,
+        scale: torch.Tensor,
+        bias: torch.Tensor,
+        owner_N: torch.Tensor,
+        weight_b: torch.Tensor | None,
+        weight_N: torch.Tensor | None,
+        chunk: int,
+    ) -> torch.Tensor:
+        needs_gradient = any(ctx.needs_input_grad[:4])
+        chunks = LogitChunks(image_bD, text_ND, scale, chunk)
+        total, bias_gradient = torch.zeros_like(scale), torch.zeros_like(scale)
+        image_gradient_bD = torch.empty_like(image_bD) if needs_gradient else image_bD
+        text_gradient_ND = torch.zeros_like(text_ND) if needs_gradient else text_ND
+        row_b = torch.arange(len(image_bD), device=image_bD.device)
+        for rows in chunks.rows():
+            # -log sigmoid(z) = softplus(-z); of a negative z is the logit with its sign changed.
+            signed_nN, sign_nN = chunks.logits(rows).add_(bias), chunks.other(rows)
+            sign_nN.fill_(1).masked_fill_(owner_N == row_b[rows, None], -1)
+            loss_nN = F.softplus(signed_nN.mul_(sign_nN))
+            if weight_b is not None and weight_N is not None:
+                total += weight_b[rows] @ (loss_nN @ weight_N)
+            else:
+                total += loss_nN.sum()
+            if not needs_gradient:
+                continue
+            gradient_nN = signed_nN.sigmoid_().mul_(sign_nN)
+            if weight_b is not None and weight_N is not None:
+                gradient_nN.mul_(weight_b[rows, None]).mul_(weight_N)
+            bias_gradient += gradient_nN.sum()
+            torch.mm(gradient_nN, text_ND, out=image_gradient_bD[rows])
+            text_gradient_ND.addmm_(gradient_nN.t(), image_bD[rows])
+        if needs_gradient:
+            scale_gradient = torch.linalg.vecdot(image_gradient_bD, image_bD).sum()
+            ctx.save_for_backward(
+                image_gradient_bD.mul_(scale), text_gradient_ND.mul_(scale), scale_gradient, bias_gradient
+            )
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        (gradient,) = gradients
+        return *(gradient * saved for saved in ctx.saved_tensors), None, None, None, None

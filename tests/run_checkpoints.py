@@ -61,4 +61,5 @@ def write_checkpoint(run_dir: Path, step: int, **settings: Any) -> Path:
     checkpointer = Checkpointer(run_dir, CheckpointConfig(**{"keep": 100, **settings}), ALONE)
     path = checkpointer.save(stub_engine(step), replace(FOUND, step=step, world_size=1))
     checkpointer.finish()
+    checkpointer.close()  # waits for what is removed
     return path

@@ -1,6 +1,8 @@
 """Checkpoints as they are written: copies that training does not reach, and nothing torn whatever goes wrong."""
 
 import errno
+import fcntl
+import hashlib
 import logging
 import os
 import pickle
@@ -11,6 +13,7 @@ from collections import OrderedDict
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from run_checkpoints import ALONE, FOUND, StubEngine, stub_engine, write_checkpoint
@@ -18,8 +21,10 @@ from safetensors import safe_open
 
 from mmd2v.config.training import CheckpointConfig
 from mmd2v.errors import UserError
+from mmd2v.train.checkpoints import direct_file
 from mmd2v.train.checkpoints.checksums import verify
 from mmd2v.train.checkpoints.choosing import choose_checkpoint
+from mmd2v.train.checkpoints.direct_file import DirectFile
 from mmd2v.train.checkpoints.folders import restore_replaced
 from mmd2v.train.checkpoints.host_copy import HostBuffers
 from mmd2v.train.checkpoints.manifest import read_manifest
@@ -199,6 +204,7 @@ def test_a_save_finishes_the_one_before(tmp_path):
         checkpointer.save(stub_engine(step), _manifest(step))
     assert _names(tmp_path) == [".step-000003.tmp", "step-000001", "step-000002"]
     checkpointer.finish()
+    checkpointer.close()  # waits for what is removed
     assert [int(_weights(path)[0]) for path in sorted((tmp_path / "checkpoints").iterdir())] == [2, 3]
 
 
@@ -245,6 +251,7 @@ def test_permanent_checkpoints_are_kept_beside_the_newest(tmp_path):
     for step in (50, 55, 65):
         checkpointer.save(stub_engine(step), _manifest(step))
     checkpointer.finish()
+    checkpointer.close()  # waits for what is removed
     assert _names(tmp_path) == [f"step-{step:06d}" for step in (20, 25, 40, 55, 65)]
     permanent = [read_manifest(path).permanent for path in sorted((tmp_path / "checkpoints").iterdir())]
     assert permanent == [True, True, True, False, False]
@@ -389,3 +396,57 @@ def test_kill_between_any_two_renames_loses_nothing(tmp_path, monkeypatch, step,
     assert found in (2, step) and _weights(choice.path).eq(found).all()
     write_checkpoint(tmp_path, 4, keep=1)
     assert _names(tmp_path) == ["step-000004"]
+
+
+@pytest.mark.parametrize("direct", [True, False])
+@pytest.mark.parametrize("size", [0, 1, 4095, 4096, 3 << 20, (8 << 20) + 4096, (16 << 20) + 5])
+def test_what_is_written_past_the_page_cache_is_all_there(tmp_path, monkeypatch, size, direct):
+    if not direct:  # as where the file system refuses
+        monkeypatch.setattr(direct_file, "_DIRECT", 0)
+    data = np.random.default_rng(0).bytes(size)
+    with DirectFile(tmp_path / "file", threading.Event()) as file:
+        for start in range(0, size, 700_001):
+            assert file.write(data[start : start + 700_001]) == len(data[start : start + 700_001])
+    assert (tmp_path / "file").read_bytes() == data
+    assert (file.size, file.digest.hexdigest()) == (size, hashlib.sha256(data).hexdigest())
+
+
+def test_device_that_takes_no_direct_writes_gets_others(tmp_path, monkeypatch):
+    """Of some file systems one learns it at the first write."""
+    real, refused = os.write, []
+
+    def write(handle, data):
+        if direct_file._DIRECT and fcntl.fcntl(handle, fcntl.F_GETFL) & direct_file._DIRECT:
+            refused.append(len(data))
+            raise OSError(errno.EINVAL, "Invalid argument")
+        return real(handle, data[: len(data) // 2 + 1])  # and a write may take less than it was given
+
+    monkeypatch.setattr(direct_file.os, "write", write)
+    data = bytes(range(256)) * 40_000
+    with DirectFile(tmp_path / "file", threading.Event()) as file:
+        file.write(data)
+    assert (tmp_path / "file").read_bytes() == data
+    assert len(refused) <= 1
+
+
+def test_abandoned_file_is_not_written_on(tmp_path):
+    abandoned = threading.Event()
+    with pytest.raises(InterruptedError), DirectFile(tmp_path / "file", abandoned) as file:
+        file.write(b"a")
+        abandoned.set()
+        file.write(b"b")
+    assert file.size == 1
+
+
+def test_checkpoint_that_is_replaced_goes_beside_the_training(tmp_path, monkeypatch):
+    """Removing large files takes a file system a while, which no step waits for."""
+    write_checkpoint(tmp_path, 1)
+    may_go, remove = threading.Event(), shutil.rmtree
+    monkeypatch.setattr(shutil, "rmtree", lambda *a, **o: (may_go.wait(60), remove(*a, **o)))
+    checkpointer = Checkpointer(tmp_path, CheckpointConfig(keep=1), ALONE)
+    checkpointer.save(stub_engine(2), _manifest(2))
+    checkpointer.finish()
+    assert _names(tmp_path) == [".step-000001.tmp", "step-000002"]
+    may_go.set()
+    checkpointer.close()
+    assert _names(tmp_path) == ["step-000002"]

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from threading import Thread
 
 from mmd2v.config.training import CheckpointConfig
 from mmd2v.distributed.collectives import barrier, gather_objects
@@ -26,6 +27,8 @@ from mmd2v.train.engine import Engine, quiet
 from mmd2v.train.rank_state import save_rank_state
 
 logger = logging.getLogger(__name__)
+
+_PATIENCE_S = 20.0  # a disk that does not answer must not keep a run from going on, or from ending
 
 
 @dataclass(frozen=True)
@@ -53,6 +56,7 @@ class Checkpointer:
         self.world = world
         self._buffers = HostBuffers() if settings.asynchronous else None
         self._pending: _Pending | None = None
+        self._removal: Thread | None = None
         self._must_exist = run_dir.is_dir()
 
     @property
@@ -128,12 +132,14 @@ class Checkpointer:
 
     def close(self) -> None:
         """Give up what is pending; a hidden folder is all that is left of it. Does not communicate."""
+        self._wait_for_removal()
         if self._pending is not None:
             self._pending.writer.abandon()
             self._pending = None
 
     def _prepare(self, temporary: Path, final: Path) -> None:
         """Make the empty folder that all ranks write into. Raises UserError."""
+        self._wait_for_removal()
         try:
             # Made anew it could lie below the mount point of a file system that has gone.
             if self._must_exist and not self.run_dir.is_dir():
@@ -188,11 +194,30 @@ class Checkpointer:
     def _prune(self, final: Path, permanent: bool) -> None:
         older = [path for _, path in complete_checkpoints(self.folder) if path != final and not _is_kept(path)]
         keep = self.settings.keep - (not permanent)
+        hidden = []
         for path in older[: max(0, len(older) - keep)]:
             # Out of sight first: a kill in the middle of the removal must not leave half a checkpoint behind.
-            hidden = path.with_name(f".{path.name}.tmp")
-            os.replace(path, hidden)
-            shutil.rmtree(hidden, ignore_errors=True)
+            hidden.append(path.with_name(f".{path.name}.tmp"))
+            os.replace(path, hidden[-1])
+        if hidden:
+            self._remove(hidden)
+
+    def _remove(self, folders: list[Path]) -> None:
+        """Remove folders beside the training: a file system takes a while for large files."""
+        self._wait_for_removal()
+        self._removal = Thread(
+            target=lambda: [shutil.rmtree(folder, ignore_errors=True) for folder in folders],
+            name="checkpoint removal",
+            daemon=True,
+        )
+        self._removal.start()
+        if not self.settings.asynchronous:
+            self._wait_for_removal()
+
+    def _wait_for_removal(self) -> None:
+        if self._removal is not None:
+            self._removal.join(_PATIENCE_S)
+            self._removal = None
 
 
 def _is_kept(path: Path) -> bool:

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 
 from mmd2v.errors import disk_message
 from mmd2v.train.checkpoints.checksums import Checksum
+from mmd2v.train.checkpoints.direct_file import DirectFile
 from mmd2v.train.checkpoints.host_copy import HostBuffers
 from mmd2v.train.checkpoints.tensor_file import TensorFile, write_tensors
 
@@ -105,15 +105,12 @@ class CheckpointWriter:
         self._queue = []
 
     def _write(self, name: str, value: Any) -> None:
-        with open(self.folder / name, "wb") as handle:
-            hashed = _HashedFile(handle, self._abandoned)
+        with DirectFile(self.folder / name, self._abandoned) as file:
             if isinstance(value, TensorFile):
-                write_tensors(value, hashed.write)
+                write_tensors(value, file.write)
             else:
-                _torch_save(value, hashed)
-            handle.flush()
-            os.fsync(handle.fileno())
-        self.files[name] = (hashed.size, hashed.digest.hexdigest())
+                _torch_save(value, file)
+        self.files[name] = (file.size, file.digest.hexdigest())
 
 
 def _message(error: Exception) -> str:
@@ -123,27 +120,7 @@ def _message(error: Exception) -> str:
     return f"{type(error).__name__}: {first_line}"
 
 
-class _HashedFile:
-    """A file that hashes what goes into it. Both hashing and writing let other threads run."""
-
-    def __init__(self, handle: BinaryIO, abandoned: threading.Event) -> None:
-        self._handle, self._abandoned = handle, abandoned
-        self.size = 0
-        self.digest = hashlib.sha256()
-
-    def write(self, data: bytes | memoryview) -> int:
-        if self._abandoned.is_set():
-            raise InterruptedError("the checkpoint was abandoned")
-        self._handle.write(data)
-        self.digest.update(data)
-        self.size += len(data)
-        return len(data)
-
-    def flush(self) -> None:
-        self._handle.flush()
-
-
-def _torch_save(value: Any, file: _HashedFile) -> None:
+def _torch_save(value: Any, file: DirectFile) -> None:
     try:
         torch.save(value, file)
     except RuntimeError as error:

@@ -3,7 +3,7 @@ a package named `kernels` that transformers imports."""
 
 from pathlib import Path
 
-from setuptools import find_packages, setup
+from setuptools import Extension, find_packages, setup
 
 ROOT = Path(__file__).parent
 VERSION = (ROOT / "VERSION").read_text().strip()
@@ -18,6 +18,15 @@ setup(
     python_requires=">=3.11,<3.14",
     packages=find_packages(include=["mmd2v", "mmd2v.*"]) + find_packages("kernels"),
     package_dir={"mmd2v": "mmd2v", "mmd2v_kernels": "kernels/mmd2v_kernels"},
+    # Plain loops that ctypes calls. Without a compiler numpy does their work, more slowly.
+    ext_modules=[
+        Extension(
+            "mmd2v_kernels._cpu_scans",
+            ["kernels/mmd2v_kernels/cpu_scans.c"],
+            extra_compile_args=["-O3", "-std=c11", "-fno-math-errno", "-fno-trapping-math"],
+            optional=True,
+        )
+    ],
     install_requires=[
         "torch>=2.10",
         # Its image decoding and encoding are announced to move to another package after 0.29.
@@ -40,6 +49,7 @@ setup(
         "numpy>=1.26",
         "pillow>=11",
         "psutil>=5.9",
+        "threadpoolctl>=3.5",
     ],
     extras_require={
         # torch's CUDA builds bring triton themselves; the extra pins it where they do not.

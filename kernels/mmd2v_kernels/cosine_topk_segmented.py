@@ -14,6 +14,7 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
+from mmd2v_kernels import cpu_scans
 from mmd2v_kernels.exact_pairs_cpu import exact_pairs, in_threads
 from mmd2v_kernels.fp32_products import BLOCK, BLOCK_COLUMNS, PIECE, error_of_fp32, product, set_bytes
 from mmd2v_kernels.retrieval_order import check_finite
@@ -52,9 +53,13 @@ def topk(
     index_Nk = torch.empty(len(queries_ND), k, dtype=torch.int64)
     for top in range(0, len(queries_ND), block_rows):
         rows = slice(top, top + block_rows)
-        found = _candidates(queries_ND[rows], bank_MD, k, banned_M, error_N[rows].numpy(), scores)
+        candidates = _compiled_candidates if cpu_scans.available() else _candidates
+        found = candidates(queries_ND[rows], bank_MD, k, banned_M, error_N[rows].numpy(), scores)
         if found is None:
             score_Nk[rows], index_Nk[rows] = in_float64(queries_ND[rows], bank_MD, allowed_M)
+            continue
+        if cpu_scans.multipliable(queries_ND, bank_MD):
+            _order(queries_ND[rows], bank_MD, *found, score_Nk[rows], index_Nk[rows])
             continue
         row_c, column_c = (torch.from_numpy(index) for index in found)
         exact_c = exact_pairs(queries_ND[rows], bank_MD, row_c, column_c).numpy()
@@ -111,6 +116,80 @@ def _candidates(
         if len(row_c) > most:
             return None
     return row_c, column_c
+
+
+def _compiled_candidates(
+    queries_nD: torch.Tensor,
+    bank_MD: torch.Tensor,
+    k: int,
+    banned_M: np.ndarray | None,
+    error_n: np.ndarray,
+    scores: torch.Tensor,
+) -> tuple[np.ndarray, np.ndarray] | None:
+    """Do what `_candidates` does by compiled loops, which keep the k best scores of each row from block to block."""
+    n = len(queries_nD)
+    most = max(n * (4 * k + 64), BLOCK >> 2)
+    best_nk = np.full((n, k), -np.inf, dtype=np.float32)
+    kept: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
+    for left in range(0, len(bank_MD), BLOCK_COLUMNS):
+        bank_mD = bank_MD[left : left + BLOCK_COLUMNS]
+        scores_nm = product(queries_nD, bank_mD, scores).numpy()
+        banned_m = None if banned_M is None else banned_M[left : left + len(bank_mD)]
+
+        def look(piece: int, scores_nm=scores_nm, banned_m=banned_m, left=left) -> tuple | None:
+            rows = slice(piece, piece + PIECE)
+            if banned_m is not None:
+                scores_nm[rows, banned_m] = -np.inf
+            of_piece = len(scores_nm[rows]) * (4 * k + 64) + BLOCK_COLUMNS
+            found = cpu_scans.find_best(scores_nm[rows], error_n[rows], best_nk[rows], of_piece)
+            return (
+                None
+                if found is None
+                else (found[0].astype(np.int64) + piece, found[1].astype(np.int64) + left, found[2])
+            )
+
+        found = in_threads(look, range(0, n, PIECE))
+        if any(one is None for one in found):
+            return None
+        kept += found
+        if sum(len(row) for row, _, _ in kept) > most:
+            kept = [_still_best(kept, best_nk, error_n)]
+            if len(kept[0][0]) > most:
+                return None
+    row_c, column_c, _ = _still_best(kept, best_nk, error_n)
+    order = row_c.argsort(kind="stable")
+    return row_c[order], column_c[order]
+
+
+def _still_best(
+    kept: list[tuple[np.ndarray, np.ndarray, np.ndarray]], best_nk: np.ndarray, error_n: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return the candidates that reach what is known of the k-th best scores by now."""
+    row_c, column_c, score_c = (np.concatenate(parts) for parts in zip(*kept, strict=True))
+    keep = score_c >= _below(best_nk[:, -1], error_n)[row_c]
+    return row_c[keep], column_c[keep], score_c[keep]
+
+
+def _order(
+    queries_nD: torch.Tensor,
+    bank_MD: torch.Tensor,
+    row_c: np.ndarray,
+    column_c: np.ndarray,
+    score_nk: torch.Tensor,
+    index_nk: torch.Tensor,
+) -> None:
+    """Write the k best of each row's candidates, best first; rows are in ascending order."""
+    n, k = score_nk.shape
+    starts = np.concatenate([[0], np.bincount(row_c, minlength=n).cumsum()])
+    queries, bank = queries_nD.detach().numpy(), bank_MD.detach().numpy()
+
+    def order(top: int) -> None:
+        own = starts[top : top + PIECE + 1]
+        chosen = slice(top, top + len(own) - 1)
+        found = cpu_scans.order_best(queries[chosen], bank, own - own[0], column_c[own[0] : own[-1]], k)
+        score_nk[chosen], index_nk[chosen] = (torch.from_numpy(values) for values in found)
+
+    in_threads(order, range(0, n, PIECE))
 
 
 def _place(row_c: np.ndarray) -> np.ndarray:

@@ -12,10 +12,14 @@ from typing import TypeVar
 import numpy as np
 import torch
 
+from mmd2v_kernels import cpu_scans
+
 __all__ = ["exact_pairs", "in_threads"]
 
 _PAIRS, _IN_CACHE = 1024, 64
 """Pairs scored at once, of which so many are multiplied at a time: 400 kB of float64 at width 768."""
+_AT_ONCE = 1 << 14
+"""Pairs of one call of the compiled loop."""
 _NARROW = 96
 """Columns that are left when the second half of the folds begins."""
 
@@ -37,6 +41,15 @@ def exact_pairs(
     queries_ND: torch.Tensor, bank_MD: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor
 ) -> torch.Tensor:
     """Return `retrieval_order.exact_dot` of queries ``rows`` [P] with bank rows ``columns`` [P], to the last bit."""
+    if cpu_scans.multipliable(queries_ND, bank_MD):
+        parts = in_threads(
+            lambda pair: cpu_scans.exact_pairs(queries_ND.detach().numpy(), bank_MD.detach().numpy(), *pair),
+            [
+                (rows[i : i + _AT_ONCE].numpy(), columns[i : i + _AT_ONCE].numpy())
+                for i in range(0, len(rows), _AT_ONCE)
+            ],
+        )
+        return torch.from_numpy(np.concatenate([np.empty(0), *parts]))
     scores = np.empty(len(rows))
     left, right = _numpy(queries_ND), _numpy(bank_MD)
     row, column = rows.numpy(), columns.numpy()

@@ -1,17 +1,23 @@
 """What the CPU paths of `rank_count` and `cosine_topk` share: fp32 products, their error, and passes over their blocks.
 
-torch multiplies, numpy compares: its comparisons run at the speed of the cache, several times that of torch's. A block
-of booleans is looked at as words of eight: words add up, eight counts at once, and most are 0.
+torch or numpy multiplies. What compares is compiled (`cpu_scans`); where there was no compiler it is numpy, whose
+comparisons run at the speed of the cache, several times that of torch's. There a block of booleans is looked at as
+words of eight: words add up, eight counts at once, and most are 0.
 
 Shapes: N queries, M bank rows, D width; n and m a block of them, r rows of a piece of a block.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
+from functools import cache
+from time import perf_counter
 from typing import NamedTuple
 
 import numpy as np
 import torch
+from threadpoolctl import ThreadpoolController
 
 __all__ = ["BLOCK", "BLOCK_COLUMNS", "PIECE", "Close", "error_of_fp32", "find_above", "obstacle", "product"]
 
@@ -50,14 +56,64 @@ def error_of_fp32(queries_ND: torch.Tensor, bank_MD: torch.Tensor) -> torch.Tens
 
 
 def _norms(matrix: torch.Tensor) -> torch.Tensor:
-    return torch.cat([rows.double().norm(dim=1) for rows in matrix.split(_NORM_ROWS)])
+    """Return an upper bound on the norm of each row, float64 [N], from a sum of squares in fp32.
+
+    Its roundings are bounded as those of a product are; squares that underflow add less than √D · 2⁻⁶².
+    """
+    width = matrix.shape[1]
+    norms = [torch.linalg.vector_norm(rows.float(), dim=1) for rows in matrix.split(_NORM_ROWS)]
+    return torch.cat(norms).double() * (1 + (width + 2) * 2.0**-24) + math.sqrt(width) * 2.0**-62
 
 
 def product(queries_nD: torch.Tensor, bank_mD: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
-    """Return the fp32 scores [n, m], in the memory of ``out``."""
+    """Return the fp32 scores [n, m], in the memory of ``out``.
+
+    By torch's library or by numpy's, whichever multiplies faster here: on AMD's processors that may be either. Sums
+    differ in their last bits, which the bound on the error covers.
+    """
     scores_nm = out[: len(queries_nD) * len(bank_mD)].view(len(queries_nD), len(bank_mD))
+    queries_nD, bank_mD = queries_nD.detach().float(), bank_mD.detach().float()
+    work = scores_nm.numel() * queries_nD.shape[1]
+    threads = torch.get_num_threads()
+    name = _faster(threads) if work >= _TELLING else "torch"
+    start = perf_counter()
+    _LIBRARIES[name](queries_nD, bank_mD, scores_nm)
+    if work >= _TELLING:
+        _pace.setdefault((name, threads), []).append((perf_counter() - start) / work)
+        del _pace[name, threads][_TRIALS:]
+    return scores_nm
+
+
+def _torch_product(queries_nD: torch.Tensor, bank_mD: torch.Tensor, out_nm: torch.Tensor) -> None:
     with torch.autocast("cpu", enabled=False):  # which would round the operands to bf16
-        return torch.mm(queries_nD.float(), bank_mD.float().t(), out=scores_nm)
+        torch.mm(queries_nD, bank_mD.t(), out=out_nm)
+
+
+def _numpy_product(queries_nD: torch.Tensor, bank_mD: torch.Tensor, out_nm: torch.Tensor) -> None:
+    with _thread_pools().limit(limits=torch.get_num_threads(), user_api="blas"):
+        np.matmul(queries_nD.numpy(), bank_mD.numpy().T, out=out_nm.numpy())
+
+
+@cache
+def _thread_pools() -> ThreadpoolController:
+    return ThreadpoolController()
+
+
+_LIBRARIES: dict[str, Callable[[torch.Tensor, torch.Tensor, torch.Tensor], None]] = {
+    "torch": _torch_product,
+    "numpy": _numpy_product,
+}
+_TELLING = 1 << 30  # multiplications, some hundredths of a second, whose time is noted
+_TRIALS = 2  # of each library, the first of which may meet memory that is new
+_pace: dict[tuple[str, int], list[float]] = {}
+"""(library, threads) → seconds a multiplication of its first products."""
+
+
+def _faster(threads: int) -> str:
+    """Return the library whose turn it is to be tried, and then the one that was faster."""
+    paces = {name: _pace.get((name, threads), []) for name in _LIBRARIES}
+    behind = min(paces, key=lambda name: len(paces[name]))
+    return behind if len(paces[behind]) < _TRIALS else min(paces, key=lambda name: min(paces[name]))
 
 
 class Close(NamedTuple):

@@ -8,13 +8,14 @@ Shapes: N queries (rows), M bank rows (columns), D width, P positive pairs, n an
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
 
+from mmd2v_kernels import cpu_scans
 from mmd2v_kernels.exact_pairs_cpu import exact_pairs, in_threads
-from mmd2v_kernels.fp32_products import BLOCK, BLOCK_COLUMNS, PIECE, error_of_fp32, find_above, product
+from mmd2v_kernels.fp32_products import BLOCK, BLOCK_COLUMNS, PIECE, Close, error_of_fp32, find_above, product
 from mmd2v_kernels.rank_sides import Side
 from mmd2v_kernels.retrieval_order import check_finite
 
@@ -62,15 +63,16 @@ def count_sides(
 
             def look(
                 piece: int, scores_nm=scores_nm, row_bounds=row_bounds, column_bounds=column_bounds, rows=rows
-            ) -> tuple:
+            ) -> tuple[int, Close, Close] | None:
                 chosen = slice(piece, piece + PIECE)
-                of_row = find_above(scores_nm[chosen], *(bound[chosen, None] for bound in row_bounds))
-                of_column = find_above(scores_nm[chosen], *(bound[None] for bound in column_bounds))
-                return piece + rows.start, of_row, of_column
+                own_bounds = [bound[chosen] for bound in row_bounds]
+                both = _both_sides(scores_nm[chosen], own_bounds, column_bounds)
+                return None if both is None else (piece + rows.start, *both)
 
-            found = in_threads(look, range(0, len(rows), PIECE))
+            found = [one for one in in_threads(look, range(0, len(rows), PIECE)) if one is not None]
             close = sum(len(of_row.rows) + len(of_column.rows) for _, of_row, of_column in found)
-            if close > max(_FEW_CLOSE, len(rows) * len(columns) * _CLOSE_SHARE):
+            complete = len(found) == len(range(0, len(rows), PIECE))
+            if not complete or close > max(_FEW_CLOSE, len(rows) * len(columns) * _CLOSE_SHARE):
                 in_float64(row, column, rows, columns)
                 continue
             for start, of_row, of_column in found:
@@ -97,3 +99,19 @@ def _bounds(threshold: torch.Tensor, error: torch.Tensor) -> tuple[np.ndarray, n
     below = np.nextafter(low, np.float32(-np.inf))
     below[np.isinf(low)] = np.inf  # no positive: nothing counts
     return below, np.nextafter(high, np.float32(np.inf))
+
+
+def _both_sides(
+    scores_rm: np.ndarray, row_bounds: Sequence[np.ndarray], column_bounds: Sequence[np.ndarray]
+) -> tuple[Close, Close] | None:
+    """Compare a piece with the bounds of its rows and of its columns; None: too many are close."""
+    if not cpu_scans.available():
+        of_row = find_above(scores_rm, *(bound[:, None] for bound in row_bounds))
+        return of_row, find_above(scores_rm, *(bound[None] for bound in column_bounds))
+    most = max(_FEW_CLOSE, int(scores_rm.size * _CLOSE_SHARE)) + scores_rm.shape[1]
+    found = cpu_scans.find_above(scores_rm, row_bounds, column_bounds, most)
+    if found is None:
+        return None
+    counts = found.row_r.astype(np.int64), found.column_m.astype(np.int64)
+    of_row, of_column = (Close(*counts, *(index.astype(np.int64) for index in found.close_to(side))) for side in (0, 1))
+    return of_row, of_column

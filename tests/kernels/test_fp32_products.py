@@ -7,8 +7,26 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from mmd2v_kernels import cosine_topk, cosine_topk_segmented, count_ahead, fp32_products, rank_count_segmented
-from mmd2v_kernels.retrieval_order import exact_pairs
+from mmd2v_kernels import (
+    cosine_topk,
+    cosine_topk_segmented,
+    count_ahead,
+    cpu_scans,
+    fp32_products,
+    rank_count_segmented,
+)
+from mmd2v_kernels.retrieval_order import exact_dot, exact_pairs
+
+LIBRARIES = dict(fp32_products._LIBRARIES)
+
+
+@pytest.fixture(autouse=True, params=["compiled", "numpy"])
+def loops(request, monkeypatch):
+    """Both forms of the loops, whichever was installed."""
+    if request.param == "numpy":
+        monkeypatch.setattr(cpu_scans, "_library", lambda: None)
+    elif not cpu_scans.available():
+        pytest.skip("the package was installed without a C compiler")
 
 
 @pytest.fixture(autouse=True)
@@ -145,3 +163,38 @@ def test_exact_pairs_fold_in_the_order_of_one_pair(width, dtype):
     rows, columns = torch.randint(0, 20, (2500,)), torch.randint(0, 30, (2500,))
     assert torch.equal(exact_pairs(queries, bank, rows, columns), exact_dot(queries[rows], bank[columns]))
     assert math.isfinite(exact_pairs(queries, bank, rows[:1], columns[:1]).item())
+
+
+@pytest.mark.parametrize("width", [1, 2, 3, 4, 7, 8, 12, 33, 64, 96, 100, 512, 768, 1001])
+def test_exact_scores_of_pairs_are_the_folded_sum_to_the_last_bit(width):
+    torch.manual_seed(0)
+    queries, bank = torch.randn(40, width), torch.randn(30, width) * 10.0 ** torch.randint(-20, 18, (30, 1))
+    rows, columns = torch.randint(40, (3000,)), torch.randint(30, (3000,))
+    assert torch.equal(exact_pairs(queries, bank, rows, columns), exact_dot(queries[rows], bank[columns]))
+    assert len(exact_pairs(queries, bank, rows[:0], columns[:0])) == 0
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e-20, 1.0, 1e15])
+def test_norms_are_bounded_from_above(scale):
+    torch.manual_seed(0)
+    rows = scale * torch.randn(50, 300)
+    rows[3] = 0
+    exact, bound = rows.double().norm(dim=1), fp32_products._norms(rows)
+    assert (bound >= exact).all() and (bound <= 1.001 * exact + 1e-17).all()
+
+
+def test_the_faster_library_multiplies_from_the_third_product_on(monkeypatch):
+    """Both say the same within the bound; each is tried twice."""
+    called = []
+    calls = {name: lambda *a, name=name, call=call: (called.append(name), call(*a)) for name, call in LIBRARIES.items()}
+    monkeypatch.setattr(fp32_products, "_LIBRARIES", calls)
+    monkeypatch.setattr(fp32_products, "_TELLING", 1)
+    monkeypatch.setattr(fp32_products, "_pace", {})
+    clock = iter([0, 1, 0, 2, 0, 1, 0, 2, *[0] * 20])  # torch takes 1 s and numpy 2
+    monkeypatch.setattr(fp32_products, "perf_counter", lambda: next(clock))
+    queries, bank = torch.randn(20, 64), torch.randn(30, 64)
+    exact, error = queries.double() @ bank.double().T, fp32_products.error_of_fp32(queries, bank)
+    for _ in range(6):
+        found = fp32_products.product(queries, bank, torch.empty(600))
+        assert ((found - exact).abs() <= error[:, None]).all()
+    assert called == ["torch", "numpy", "torch", "numpy", "torch", "torch"]

@@ -118,6 +118,9 @@ def test_a_public_file_is_opened_by_name(public_file, shared, tmp_path):
     model.model.trunk.encoders["image"].normalize = AsGiven()
     expected = F.normalize(model.model(image_batch(normalised), "image"), dim=-1)
     torch.testing.assert_close(image_BE[:1], expected, **FP32)
+    half = open_model(f"beit3:{public_file},tokenizer={pieces},heads=4", precision="bf16")
+    for found, exact in ((half.encode_image([pixels]), image_BE[:1]), (half.encode_text(texts), text_NE)):
+        assert found.dtype == torch.float32 and 0 < (found - exact).abs().max() < 0.05
 
 
 def test_ids_are_those_of_xlm_r(shared, tmp_path):

@@ -167,6 +167,9 @@ def test_a_public_file_is_opened_by_name(payload, shared, tmp_path):
     image_BE = model.encode_image(images, batch_size=2)
     torch.testing.assert_close(image_BE, torch.cat([model.encode_image([image]) for image in images]), **FP32)
     assert torch.allclose(image_BE.norm(dim=1), torch.ones(3))
+    half = open_model(f"vlmo:{path},tokenizer={words}", precision="bf16")
+    for found, exact in ((half.encode_image(images), image_BE), (half.encode_text(texts), model.encode_text(texts))):
+        assert found.dtype == torch.float32 and 0 < (found - exact).abs().max() < 0.05
 
 
 def test_tokens_are_those_of_bert(shared):

@@ -52,7 +52,9 @@ def open_model(spec: str | Path, device: str | torch.device = "cpu", precision: 
     if Path(spec).exists():
         return load(spec, device, precision)
     if not colon and kind not in MODELS:
-        close = nearest(kind, [path.name for path in Path(spec).absolute().parent.glob("*")]) or nearest(kind, MODELS)
+        close = nearest(Path(spec).name, [path.name for path in Path(spec).absolute().parent.glob("*")]) or nearest(
+            kind, MODELS
+        )
         raise UserError(
             f"model: no folder '{spec}', expected one that `mmd2v export` wrote, or KIND:PATH with one of the kinds "
             f"{', '.join(MODELS)}.{close}"

@@ -156,9 +156,10 @@ def open_beit3(rest: str, device: torch.device, precision: Precision) -> BEiT3Mo
     """
     where = f"model 'beit3:{rest}'"
     (path,), options = places_and_options("beit3", rest, _OPTIONS)
-    checkpoint = read_beit3(read_checkpoint(path), path, whole_number("beit3", options, "heads"))
+    heads, length = (whole_number("beit3", options, name) for name in ("heads", "max_length"))
+    checkpoint = read_beit3(read_checkpoint(path), path, heads)
     longest = checkpoint.position_rows - FIRST_POSITION
-    length = whole_number("beit3", options, "max_length") or min(_USUAL_LENGTH, longest)
+    length = length or min(_USUAL_LENGTH, longest)
     if length > longest:
         raise UserError(f"{where}: found max_length={length}, {path} has {longest} positions")
     pieces = Path(options["tokenizer"]) if "tokenizer" in options else _tokenizer_beside(path, where)

@@ -87,7 +87,7 @@ def open_data2vec2(rest: str, device: torch.device, precision: Precision) -> Dat
     resize = options.get("resize", "center_crop")
     if resize not in _RESIZES:
         raise unknown_name(f"{where}, resize", resize, _RESIZES)
-    heads = whole_number("data2vec2", options, "heads")
+    heads, length = (whole_number("data2vec2", options, name) for name in ("heads", "max_length"))
     image, image_sizes = _model("data2vec2-image", image_path, where, heads)
     text, text_sizes = _model("data2vec2-text", text_path, where, heads)
     if image_sizes.width != text_sizes.width:
@@ -97,7 +97,7 @@ def open_data2vec2(rest: str, device: torch.device, precision: Precision) -> Dat
         )
     assert image_sizes.image_size is not None and text_sizes.positions is not None
     longest = text_sizes.positions - FAIRSEQ_FIRST_POSITION
-    length = whole_number("data2vec2", options, "max_length") or min(_USUAL_LENGTH, longest)
+    length = length or min(_USUAL_LENGTH, longest)
     if length > longest:
         raise UserError(f"{where}: found max_length={length}, the text model has {longest} positions")
     folder = text_path if text_path.is_dir() else text_path.parent

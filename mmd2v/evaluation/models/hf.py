@@ -54,7 +54,6 @@ class HFModel(MeasuredModel):
             self.model_class.from_pretrained,
             dtype=torch.float32,
             use_safetensors=True,  # a pickle could run code
-            attn_implementation="sdpa",
             output_loading_info=True,
         )
         # The library would draw what the file lacks at random, and a number would be printed.
@@ -179,15 +178,18 @@ def open_flava(rest: str, device: torch.device, precision: Precision) -> HFFlava
 
 def _loaded(where: str, name: str, what: str, load: Any, **options: Any) -> Any:
     """Return ``load(name)`` without running code of the model's. Raises UserError for what the library says instead."""
+    verbosity = transformers.utils.logging.get_verbosity()
+    # Of a FLAVA it would list some hundred tensors of other losses; what is missing is looked at by the caller.
+    transformers.utils.logging.set_verbosity_error()
     try:
         return load(name, trust_remote_code=False, **options)
     except _LOADING_ERRORS as error:
         hint = "" if Path(name).is_dir() else "; it is no folder here, and the hub cannot be asked or does not know it"
         form = " as safetensors, which alone is read" if what == "weights" else ""
-        first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(
-            f"{where}: found no {what}, expected {what} of transformers{form}{hint}: {first_line}"
-        ) from error
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise UserError(f"{where}: found no {what}, expected {what} of transformers{form}{hint}: {reason}") from error
+    finally:
+        transformers.utils.logging.set_verbosity(verbosity)
 
 
 def _pooled(output: Any) -> torch.Tensor:

@@ -177,12 +177,8 @@ def open_vlmo(rest: str, device: torch.device, precision: Precision) -> VLMoMode
     """
     where = f"model 'vlmo:{rest}'"
     (path,), options = places_and_options("vlmo", rest, _OPTIONS)
-    checkpoint = read_vlmo(
-        read_checkpoint(path),
-        path,
-        heads=whole_number("vlmo", options, "heads"),
-        image_size=whole_number("vlmo", options, "image_size"),
-    )
+    heads, image_size = (whole_number("vlmo", options, name) for name in ("heads", "image_size"))
+    checkpoint = read_vlmo(read_checkpoint(path), path, heads=heads, image_size=image_size)
     words = Path(options.get("tokenizer", path.parent / "vocab.txt"))
     if words.is_dir():
         words = words / "vocab.txt"

@@ -61,12 +61,11 @@ class Encoder:
         decode or is of another type or shape.
         """
         self._require("image")
-        if isinstance(images, (str, Path, Image.Image)) or (isinstance(images, torch.Tensor) and images.ndim == 3):
-            raise UserError("encode_image: found a single image, expected a list of images or a tensor [B, 3, H, W]")
+        check_images(images)
         size = self.config.data.image.size
         parts = [torch.zeros(0, self.width, device=self.device)]
         with ThreadPoolExecutor() as threads:
-            for start, chunk in _chunks(images, batch_size):
+            for start, chunk in chunks(images, batch_size):
                 prepared = list(threads.map(self.preprocess, chunk, range(start, start + len(chunk))))
                 pixels = torch.stack(prepared) if prepared else torch.zeros(0, 3, size, size, dtype=torch.uint8)
                 parts.append(self._run(self.student.encode_image, pixels.to(self.device)))
@@ -75,14 +74,10 @@ class Encoder:
     def encode_text(self, texts: Sequence[str], batch_size: int = 256) -> torch.Tensor:
         """Return [N, E] of a list of sentences. Raises UserError for an item that is no text or is empty."""
         self._require("text")
-        if isinstance(texts, str):
-            raise UserError("encode_text: found a single text, expected a list of texts")
-        for i, text in enumerate(texts):
-            if not isinstance(text, str) or not text.strip():
-                raise UserError(f"encode_text: item {i} is {text!r}, expected a text that is not empty")
+        check_texts(texts)
         assert self.tokenizer is not None
         parts = [torch.zeros(0, self.width, device=self.device)]
-        for _, chunk in _chunks(texts, batch_size):
+        for _, chunk in chunks(texts, batch_size):
             ids_S, lengths_N = self.tokenizer.encode_batch(chunk)
             ids = torch.from_numpy(ids_S).to(self.device)
             parts.append(self._run(self.student.encode_text, ids, torch.from_numpy(lengths_N)))
@@ -101,7 +96,7 @@ class Encoder:
             expected = ", ".join(map(str, ["B", *shape]))
             raise UserError(f"encode_array: '{name}' has shape {list(values.shape)}, expected [{expected}]")
         parts = [torch.zeros(0, self.width, device=self.device)]
-        for _, chunk in _chunks(values, batch_size):
+        for _, chunk in chunks(values, batch_size):
             parts.append(self._run(partial(self.student.encode_array, name), chunk.float().to(self.device)))
         return torch.cat(parts)
 
@@ -124,18 +119,7 @@ class Encoder:
 
     def preprocess(self, image: ImageInput, number: int = 0) -> torch.Tensor:
         """Return uint8 [3, size, size] of an image; ``number`` names it in the UserError for a wrong type."""
-        if isinstance(image, (str, Path)):
-            pixels = read_image(image)
-        elif isinstance(image, Image.Image):
-            pixels = torch.from_numpy(np.array(upright_rgb(image))).permute(2, 0, 1)
-        elif isinstance(image, torch.Tensor) and image.dtype == torch.uint8 and image.ndim == 3 and len(image) == 3:
-            pixels = image.cpu()
-        else:
-            found = f"{image.dtype} {list(image.shape)}" if isinstance(image, torch.Tensor) else type(image).__name__
-            raise UserError(
-                f"encode_image: image {number} is {found}, expected a path, a PIL image or a uint8 tensor [3, H, W]"
-            )
-        return eval_transform(pixels, self.config.data.image)
+        return eval_transform(image_pixels(image, number), self.config.data.image)
 
     def _run(self, encode: Callable[..., torch.Tensor], *inputs: torch.Tensor) -> torch.Tensor:
         with torch.no_grad(), self.autocast():
@@ -167,6 +151,35 @@ def load(folder: str | Path, device: str | torch.device = "cpu", precision: Prec
     return Encoder(student, config, tokenizer, target, precision)
 
 
+def check_images(images: Any) -> None:
+    """Raise UserError for a single image in place of several."""
+    if isinstance(images, (str, Path, Image.Image)) or (isinstance(images, torch.Tensor) and images.ndim == 3):
+        raise UserError("encode_image: found a single image, expected a list of images or a tensor [B, 3, H, W]")
+
+
+def check_texts(texts: Any) -> None:
+    """Raise UserError for a single text in place of several, or an item that is no text or is empty."""
+    if isinstance(texts, str):
+        raise UserError("encode_text: found a single text, expected a list of texts")
+    for i, text in enumerate(texts):
+        if not isinstance(text, str) or not text.strip():
+            raise UserError(f"encode_text: item {i} is {text!r}, expected a text that is not empty")
+
+
+def image_pixels(image: ImageInput, number: int = 0) -> torch.Tensor:
+    """Return uint8 [3, H, W] of an image, upright; ``number`` names it in the UserError for a wrong type."""
+    if isinstance(image, (str, Path)):
+        return read_image(image)
+    if isinstance(image, Image.Image):
+        return torch.from_numpy(np.array(upright_rgb(image))).permute(2, 0, 1)
+    if isinstance(image, torch.Tensor) and image.dtype == torch.uint8 and image.ndim == 3 and len(image) == 3:
+        return image.cpu()
+    found = f"{image.dtype} {list(image.shape)}" if isinstance(image, torch.Tensor) else type(image).__name__
+    raise UserError(
+        f"encode_image: image {number} is {found}, expected a path, a PIL image or a uint8 tensor [3, H, W]"
+    )
+
+
 def read_image(path: str | Path) -> torch.Tensor:
     """Return uint8 [3, H, W] of an image file. Raises UserError naming a file that is missing or does not decode."""
     try:
@@ -189,7 +202,7 @@ def resolve_device(device: str | torch.device) -> torch.device:
     return found
 
 
-def _chunks(items: Any, size: int) -> Iterator[tuple[int, Any]]:
+def chunks(items: Any, size: int) -> Iterator[tuple[int, Any]]:
     """Yield (index of the first item, ``size`` items) of a sequence or tensor."""
     if size < 1:
         raise UserError(f"batch_size: found {size}, expected at least 1")

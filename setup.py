@@ -18,6 +18,7 @@ setup(
     python_requires=">=3.11,<3.14",
     packages=find_packages(include=["mmd2v", "mmd2v.*"]) + find_packages("kernels"),
     package_dir={"mmd2v": "mmd2v", "mmd2v_kernels": "kernels/mmd2v_kernels"},
+    package_data={"mmd2v.report": ["*.yaml"]},
     install_requires=[
         "torch>=2.10",
         # Its image decoding and encoding are announced to move to another package after 0.29.

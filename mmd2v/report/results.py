@@ -113,7 +113,7 @@ def _results(file: Path, record: dict[str, Any], known: Published) -> list[Resul
         if key in record:
             return [_classes(file, model, key, task, record)]
     if "poolings" in record and isinstance(record["poolings"], dict):
-        parts = [{"pooling": name, **part} for name, part in record["poolings"].items()]
+        parts = [{"file": record.get("file"), "pooling": name, **part} for name, part in record["poolings"].items()]
         return [result for part in parts for result in _pairs(file, model, part)]
     if "sets" in record or any(key in record for key in PAIR_KEYS):
         return list(_pairs(file, model, record))

@@ -89,7 +89,7 @@ def test_markdown_has_both_columns_and_says_what_is_missing(write):
 
 
 def test_another_protocol_is_never_set_beside_the_standard_one(write):
-    files = [write("a.json", model="Mine", protocol="copies", **RECALL, images=5000, captions=5000)]
+    files = [write("a.json", model="Mine", protocol="image_per_caption", **RECALL, images=5000, captions=5000)]
     results = read_results(files, published())
     assert results[0].set == "flickr30k"
     text = markdown(results, published())

@@ -162,7 +162,7 @@ def _own_name(file: Path, record: dict[str, Any]) -> str:
         if value:
             names = [str(value)] if isinstance(value, str) else [str(item) for item in value]
             # Without their folders: a table is to be read elsewhere.
-            return ", ".join(name.rstrip("/").rpartition("/")[2] for name in names)
+            return ", ".join(name.rstrip("/").rpartition("/")[2] if name.startswith("/") else name for name in names)
     return file.stem
 
 

@@ -48,3 +48,9 @@ class OfModel:
             measured = {"model": model.name, **described, "preprocessing": model.preprocessing()}
             write_json(self.json, {**measured, **record})
         return 0
+
+
+def short(path: Path) -> str:
+    """Name data without the machine's folders: the last two parts of a path, all parts from an archive on."""
+    archives = [place for place, part in enumerate(path.parts) if part.endswith((".tar", ".tar.gz", ".tgz", ".zip"))]
+    return "/".join(path.parts[archives[0] if archives else -2 :])

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 from tyro.conf import Positional, arg
 
-from mmd2v.cli.eval.common import OfModel
+from mmd2v.cli.eval.common import OfModel, short
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,7 +19,7 @@ class Knn(OfModel):
     """Folder written by `mmd2v export`, or KIND:PATH of another model."""
     train: Annotated[Path, arg(metavar="DATA")]
     """Memory bank: a folder of class folders of images, or a .tar, .tar.gz or .zip of one; of an archive with several
-    sets, one of them: cifar10.tar.gz/cifar10/train."""
+    sets, one of them: cifar10.tar.gz/cifar10/train; CIFAR's binary files: 'data_batch_*.bin'; or shards with .cls."""
     test: Annotated[Path, arg(metavar="DATA")]
     """Images to classify, in the same forms."""
     k: int = 10
@@ -40,4 +40,4 @@ class Knn(OfModel):
             self.test,
             self.k,
         )
-        return self.report(encoder, {"features": self.features}, found.text(), found.record())
+        return self.report(encoder, {"features": self.features, "test": short(self.test)}, found.text(), found.record())

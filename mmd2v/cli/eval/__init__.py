@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import tyro
 
+from mmd2v.cli.eval.accuracy import Accuracy
 from mmd2v.cli.eval.knn import Knn
 from mmd2v.cli.eval.linear_probe import LinearProbe
 from mmd2v.cli.eval.pairs import Pairs
@@ -19,6 +20,7 @@ SUBCOMMANDS = {
     "knn": Knn,
     "linear-probe": LinearProbe,
     "zero-shot": ZeroShot,
+    "accuracy": Accuracy,
 }
 
 

@@ -104,6 +104,7 @@ def test_images(tmp_path, capsys):
         model__encoders={"image": {"kind": "patch", "patch_size": 8}},
         teachers={},
         objectives=[{"kind": "classification", "classes": 3, "label_smoothing": 0.1}],
+        optimizer__layer_decay=0.8,
     )
     ended = run_mmd2v(["train", str(config)], env=ENVIRONMENT)
     assert ended.returncode == 0, ended.stderr

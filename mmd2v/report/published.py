@@ -25,6 +25,8 @@ class PublishedSet:
     title: str
     images: int
     captions: int
+    named: str = ""
+    """What the name of its data must hold where nothing but the counts tells a set."""
 
 
 @dataclass(frozen=True)

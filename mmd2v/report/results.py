@@ -14,6 +14,7 @@ from mmd2v.report.published import DIRECTIONS, Published
 
 RECALL_KEYS = tuple(f"{direction}_R@{k}" for direction in DIRECTIONS for k in (1, 5, 10))
 PAIR_KEYS = tuple(f"{side}_R@{k}" for side in ("second_to_first", "first_to_second") for k in (1, 5))
+_DATA_KEYS = ("data", "shards", "file", "test")
 _STANDARD = ("standard", "karpathy")
 
 
@@ -142,22 +143,27 @@ def _retrieval(file: Path, model: str, record: dict[str, Any], known: Published)
 
 
 def _set_of(file: Path, record: dict[str, Any], known: Published, protocol: str | None) -> str:
-    """The published set whose size it is; else its own name, which is none of theirs.
+    """The published set that was measured; else its own name, which is none of theirs.
 
-    By a protocol of copies the images are as many as the captions.
+    By the keys ``public_set``, which is written once the ids have been looked at, or ``set``, and by the counts: of a
+    part recall is higher than of the whole. By a protocol of copies the images are as many as the captions.
     """
-    images, captions, own = (record.get(key) for key in ("images", "captions", "set"))
+    images, captions = record.get("images"), record.get("captions")
+    own = record.get("public_set", record.get("set"))
+    names = " ".join([file.stem, *(str(record.get(key, "")) for key in _DATA_KEYS)]).lower()
     for name, wanted in known.sets.items():
         sizes = (wanted.images,) if protocol is None else (wanted.images, wanted.captions)
-        if own in (None, name) and captions == wanted.captions and images in sizes:
+        fits = captions == wanted.captions and images in sizes
+        if own is not None:
+            if str(own).lower().startswith(name):
+                return name if fits else f"{own}, {images} images and {captions} captions of it"
+        elif fits and "public_set" not in record and wanted.named in names:
             return name
-    if own in known.sets:  # of a part of it recall is higher than of the whole
-        return f"{own}, {images} images and {captions} captions of it"
     return _own_name(file, record) if own is None else str(own)
 
 
 def _own_name(file: Path, record: dict[str, Any]) -> str:
-    for key in ("data", "shards", "file", "test"):
+    for key in _DATA_KEYS:
         value = record.get(key)
         if value:
             names = [str(value)] if isinstance(value, str) else [str(item) for item in value]

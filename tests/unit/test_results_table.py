@@ -62,7 +62,12 @@ def sets_of(*files):
 
 def test_the_set_is_known_by_name_or_by_its_counts(write):
     assert sets_of(write("a.json", model="m", **RECALL, **COCO)) == ["coco"]
-    assert sets_of(write("b.json", model="m", **RECALL, **FLICKR)) == ["flickr30k"]
+    assert sets_of(write("b.json", model="m", shards=["/data/flickr30k/test"], **RECALL, **FLICKR)) == ["flickr30k"]
+    # Flickr8k's test set has as many images and captions.
+    assert sets_of(write("b8.json", model="m", shards=["/data/flickr8k/test"], **RECALL, **FLICKR)) == ["test"]
+    ids = {"public_set": "Flickr30K, Karpathy's test split", "data": ["x.json"]}
+    assert sets_of(write("ids.json", model="m", **ids, **RECALL, **FLICKR)) == ["flickr30k"]
+    assert sets_of(write("no.json", model="m", **{**ids, "public_set": None}, **RECALL, **COCO)) == ["x.json"]
     assert sets_of(write("c.json", model="m", set="flickr8k", **RECALL, **FLICKR)) == ["flickr8k"]
     assert sets_of(write("d.json", model="m", shards=["/data/val"], **RECALL, images=10, captions=50)) == ["val"]
     # A part of a set is not set beside figures of the whole.
@@ -89,7 +94,7 @@ def test_markdown_has_both_columns_and_says_what_is_missing(write):
 
 
 def test_another_protocol_is_never_set_beside_the_standard_one(write):
-    files = [write("a.json", model="Mine", protocol="image_per_caption", **RECALL, images=5000, captions=5000)]
+    files = [write("flickr30k.json", model="Mine", protocol="image_per_caption", **RECALL, images=5000, captions=5000)]
     results = read_results(files, published())
     assert results[0].set == "flickr30k"
     text = markdown(results, published())
@@ -100,7 +105,7 @@ def test_another_protocol_is_never_set_beside_the_standard_one(write):
 
 def test_csv_holds_every_number_with_its_source(write):
     files = [
-        write("a.json", model="Mine", **RECALL, **FLICKR),
+        write("a.json", model="Mine", set="flickr30k", **RECALL, **FLICKR),
         write("k.json", model="Mine", knn_top1=0.75, chance_top1=0.1, k=10, test="/data/cifar/test"),
     ]
     rows = list(csv.DictReader(io.StringIO(csv_text(read_results(files, published()), published()))))

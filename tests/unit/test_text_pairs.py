@@ -223,8 +223,8 @@ def test_minilm_on_the_first_qqp_pairs(shared, blocks, mean, on_record):
     model = HFTextModel(str(shared / "teachers/minilm_l6_v2"), blocks=blocks)
     found = pairs_of_file(model.encode_text, shared / "qqp/quora-dev.csv", limit=3000).metrics
     assert 100 * found["mean"] == pytest.approx(mean, abs=0.06)
-    # What is on record is strictly-above counting.
-    assert 25 * sum(found.get(f"{key}_best", found[key]) for key in NUMBERS) == pytest.approx(on_record, abs=0.06)
+    # What is on record, cut to a digit, is strictly-above counting.
+    assert 25 * sum(found.get(f"{key}_best", found[key]) for key in NUMBERS) == pytest.approx(on_record, abs=0.1)
 
 
 def test_a_hugging_face_encoder_by_its_first_blocks(shared, minilm):

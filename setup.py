@@ -27,6 +27,7 @@ setup(
             optional=True,
         )
     ],
+    package_data={"mmd2v.report": ["*.yaml"]},
     install_requires=[
         "torch>=2.10",
         # Its image decoding and encoding are announced to move to another package after 0.29.

@@ -105,6 +105,54 @@ class Pack:
 
 
 @dataclass(frozen=True)
+class Labelled:
+    """Pack labelled images or sentences into shards for fine-tuning with the classification objective."""
+
+    source: Annotated[Positional[Path], arg(metavar="SOURCE")]
+    """Images: a folder of class folders, an archive of one, CIFAR's binary files, shards with .cls. Sentences, with
+    --text and --label: a tab-separated file with a header."""
+    out: Path
+    """Folder to create."""
+    text: Annotated[tuple[str, ...], arg(metavar="COLUMN ...")] = ()
+    """Column of the sentence, or the two of a pair."""
+    label: Annotated[str | None, arg(metavar="COLUMN")] = None
+    """Column of the class."""
+    separator: str = "[SEP]"
+    """Between the sentences of a pair: the tokenizer's own token."""
+    quoted: bool = False
+    """Fields are quoted as in CSV."""
+    classes: Annotated[tuple[str, ...], arg(metavar="NAME ...")] = ()
+    """Classes in the order of their labels; by default those of SOURCE, sorted. Name the training set's for a test
+    set."""
+    shard_size: int = 1000
+    """Samples a shard."""
+
+    def run(self) -> int:
+        """Write and print what was written."""
+        from mmd2v.data.labelled_packing import pack_images, pack_sentences
+        from mmd2v.errors import UserError
+
+        if self.text and self.label is not None:
+            found = pack_sentences(
+                self.source,
+                self.out,
+                self.text,
+                self.label,
+                separator=self.separator,
+                quoted=self.quoted,
+                shard_size=self.shard_size,
+                classes=self.classes,
+            )
+        elif self.text or self.label is not None:
+            raise UserError("--text, --label: found one of them, expected both (sentences) or none (images)")
+        else:
+            found = pack_images(self.source, self.out, self.shard_size, self.classes)
+        names = ", ".join(f"{place} {name}" for place, name in enumerate(found.classes[:20]))
+        print(f"{self.out}: {found.report.samples:,} samples, {len(found.classes)} classes: {names}")
+        return 0
+
+
+@dataclass(frozen=True)
 class Synth:
     """Generate scenes of coloured, textured shapes with captions: deterministic by seed, nothing to download."""
 
@@ -397,6 +445,7 @@ class Bench(_Sourced):
 
 _Commands = (
     Annotated[Pack, tyro.conf.subcommand("pack")]
+    | Annotated[Labelled, tyro.conf.subcommand("labelled")]
     | Annotated[Synth, tyro.conf.subcommand("synth")]
     | Annotated[Check, tyro.conf.subcommand("check")]
     | Annotated[Stats, tyro.conf.subcommand("stats")]

@@ -36,6 +36,7 @@ COMMANDS = {
     ),
     "data": Command("mmd2v.cli.data", "pack, generate and check shards, build a tokenizer"),
     "eval": Command("mmd2v.cli.eval", "measure an exported encoder, for example its retrieval recall"),
+    "table": Command("mmd2v.cli.table", "set results of eval beside the published figures: table RESULTS… --out DIR"),
     "launch": Command(
         "mmd2v.cli.launch", "submit a run to a cluster: launch slurm CONFIG.yaml --nodes N --gpus-per-node G"
     ),

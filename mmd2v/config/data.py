@@ -197,7 +197,9 @@ class DataConfig(Section):
         "cannot be written, in the cache folder of the node",
     )
     labels: str | None = Field(
-        None, description="key in a sample's JSON that holds a vector of floats, for the `attributes` objective"
+        None,
+        description="key in a sample's JSON that holds its label: a vector of floats for the `attributes` objective, "
+        "the number of the class for `classification`",
     )
     shuffle_shards: PositiveInt = Field(16, description="shards whose samples are shuffled together")
     lanes: PositiveInt = Field(

@@ -254,6 +254,15 @@ class AttributesConfig(ObjectiveConfig):
     prior: float = Field(0.5, gt=0, lt=1, description="probability every attribute starts with")
 
 
+class ClassificationConfig(ObjectiveConfig):
+    """Classification into one of several classes (cross-entropy): fine-tuning on labelled images or texts."""
+
+    kind: Literal["classification"] = Field("classification", description="classification into one of several classes")
+    modality: str = Field("image", description="whose pooled output is classified")
+    classes: PositiveInt = Field(ge=2, description="classes; the label named by data.labels is 0 … classes − 1")
+    label_smoothing: Fraction = Field(0.0, description="probability mass spread evenly over the classes")
+
+
 AnyObjective = Annotated[
     CLSRegressionConfig
     | LayerResultsConfig
@@ -263,6 +272,7 @@ AnyObjective = Annotated[
     | ContrastiveTargetConfig
     | MatchingConfig
     | Data2VecConfig
-    | AttributesConfig,
+    | AttributesConfig
+    | ClassificationConfig,
     Field(discriminator="kind"),
 ]

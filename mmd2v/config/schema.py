@@ -34,6 +34,7 @@ from mmd2v.config.model import (
 from mmd2v.config.objectives import (
     AnyObjective,
     AttributesConfig,
+    ClassificationConfig,
     CLSRegressionConfig,
     ContrastiveConfig,
     ContrastiveTargetConfig,
@@ -73,6 +74,7 @@ __all__ = [
     "AttributesConfig",
     "CLSRegressionConfig",
     "CheckpointConfig",
+    "ClassificationConfig",
     "Config",
     "ContrastiveConfig",
     "ContrastiveTargetConfig",
@@ -175,8 +177,14 @@ class Config(Section):
                     f"objectives.{i}: matching needs model.joint_from, the first layer that an image and its text "
                     "pass as one sequence; it is null"
                 )
-            if isinstance(objective, AttributesConfig) and self.data.labels is None:
-                raise ValueError(f"objectives.{i}: the attributes objective needs data.labels")
+            if isinstance(objective, AttributesConfig | ClassificationConfig):
+                if self.data.labels is None:
+                    raise ValueError(f"objectives.{i}: the {objective.kind} objective needs data.labels")
+                if objective.classes != self.label_classes:
+                    raise ValueError(
+                        f"objectives.{i}.classes: found {objective.classes}, but another objective reads the same "
+                        f"labels as {self.label_classes} classes"
+                    )
         inputs = ["image", "text", *self.data.arrays]
         for name, encoder in self.model.encoders.items():
             if encoder.input not in inputs:
@@ -262,8 +270,9 @@ class Config(Section):
 
     @property
     def label_classes(self) -> int | None:
-        """Length of the label vectors that the attributes objective reads; None without one."""
-        return next((o.classes for o in self.objectives if isinstance(o, AttributesConfig)), None)
+        """Length of the label vectors that objectives read, attributes or classification; None without one."""
+        kinds = AttributesConfig | ClassificationConfig
+        return next((o.classes for o in self.objectives if isinstance(o, kinds)), None)
 
     @property
     def array_inputs(self) -> dict[str, ArrayConfig]:

@@ -237,11 +237,15 @@ def _name(sample: FetchedSample, damaged: bool) -> str:
 
 
 def _label(raw: RawSample, key: str, classes: int) -> list[float]:
-    """The labels of a sample, or a `Damage` that says what is wrong with them."""
+    """The labels of a sample (of a class's number, a vector with a 1 there), or a `Damage` that says what is wrong."""
     value = raw.meta.get(key)
-    if not isinstance(value, list) or not all(isinstance(x, (int, float)) for x in value):
+    if isinstance(value, int) and not isinstance(value, bool):
+        if 0 <= value < classes:
+            return [float(value == place) for place in range(classes)]
+        problem = f"'{key}' is {value}, expected a class from 0 to {classes - 1} (classes of the objective)"
+    elif not isinstance(value, list) or not all(isinstance(x, (int, float)) for x in value):
         found = f"a {type(value).__name__}" if key in raw.meta else f"only {sorted(raw.meta)}"
-        problem = f"data.labels names '{key}', expected a list of numbers, found {found}"
+        problem = f"data.labels names '{key}', expected a list of numbers or the number of a class, found {found}"
     elif len(value) != classes:
         problem = f"'{key}' has {len(value)} numbers, expected {classes} (classes of the objective)"
     elif not all(abs(x) <= _LARGEST_LABEL for x in value):  # NaN compares false

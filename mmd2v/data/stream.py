@@ -251,12 +251,14 @@ def eval_loader(
     rank: int = 0,
     world_size: int = 1,
     arrays: Mapping[str, ArrayConfig] | None = None,
+    label_classes: int | None = None,
+    images: bool = True,
     pin_memory: bool | None = None,
 ) -> Loader:
     """This rank's contiguous slice of the images in file order, each once, with all their captions in order.
 
     Slices differ by at most one image and may be empty; nothing is padded or repeated, and nothing damaged is put up
-    with. ``arrays`` as in `train_loader`.
+    with. ``arrays``, ``label_classes`` and ``images`` as in `train_loader`.
 
     Raises:
         UserError: as `train_loader`.
@@ -266,7 +268,8 @@ def eval_loader(
     first, last = rank * total // world_size, (rank + 1) * total // world_size
     batches = math.ceil((last - first) / batch_size)
     positions = EvalPositions(shard_set, first, last, batch_size)
-    collate = Collate(EvalView(config), tokenizer, None, arrays=arrays or {})
+    labels = None if config.labels is None or label_classes is None else (config.labels, label_classes)
+    collate = Collate(EvalView(config), tokenizer, labels, images, arrays=arrays or {})
     return _loader(
         config, [shard_set], [""], positions, collate, batch_size, batches=batches, rank=rank, pin_memory=pin_memory
     )

@@ -1,4 +1,4 @@
-"""What an exported encoder says of images and texts: its embedding, or vectors before the projection.
+"""What a model says of images and texts: its embedding, or of our exports vectors before the projection.
 
 Shapes: B images, N texts, E width of an embedding, D width of the student, R rows of all texts.
 """
@@ -15,6 +15,8 @@ import torch.nn.functional as F
 
 from mmd2v.data.batch import Batch
 from mmd2v.errors import UserError, unknown_name
+from mmd2v.evaluation.models.base import RetrievalModel
+from mmd2v.evaluation.text_models import HFTextModel
 from mmd2v.inference import Encoder, ImageInput
 from mmd2v.models.packed import Packed
 from mmd2v.models.student import StudentOutput
@@ -27,6 +29,12 @@ TextPooling = Literal["embedding", "cls", "mean", "mean_padded"]
 mean_padded: over the rows of padding too, where the encoder computes any."""
 
 
+def require(model: RetrievalModel, kind: str, what: str) -> None:
+    """Raise UserError, naming ``what`` needs it, for an export without this ``kind`` of input; others tell it later."""
+    if isinstance(model, Encoder):
+        modality_of(model, kind, what)
+
+
 def modality_of(encoder: Encoder, kind: str, what: str) -> str:
     """Return the encoder's modality with ``kind`` of input. Raises UserError, naming ``what`` needs it, for none."""
     for name, of_kind in encoder.student.inputs.items():
@@ -36,13 +44,18 @@ def modality_of(encoder: Encoder, kind: str, what: str) -> str:
 
 
 def image_features(
-    encoder: Encoder, images: Sequence[ImageInput], feature: ImageFeature = "embedding", batch_size: int = 64
+    encoder: RetrievalModel, images: Sequence[ImageInput], feature: ImageFeature = "embedding", batch_size: int = 64
 ) -> torch.Tensor:
-    """Return fp32 [B, E or D] of images, L2-normalised; they are resized as evaluation does it."""
+    """Return fp32 [B, E or D] of images, L2-normalised; they are resized as evaluation does it.
+
+    Raises UserError for another feature, or one but the embedding of a model that is no export of ours.
+    """
     if feature not in get_args(ImageFeature):
         raise unknown_name("features", feature, get_args(ImageFeature))
     if feature == "embedding":
         return encoder.encode_image(images, batch_size)
+    if not isinstance(encoder, Encoder):
+        raise UserError(f"features '{feature}': only exports of `mmd2v export` have them, use embedding")
     name = modality_of(encoder, "image", "features of images")
     nothing = torch.zeros(0, dtype=torch.int64, device=encoder.device)
     parts = [torch.zeros(0, encoder.config.model.width, device=encoder.device)]
@@ -56,13 +69,20 @@ def image_features(
 
 
 def text_features(
-    encoder: Encoder, texts: Sequence[str], pooling: TextPooling = "embedding", batch_size: int = 256
+    encoder: RetrievalModel, texts: Sequence[str], pooling: TextPooling = "embedding", batch_size: int = 256
 ) -> torch.Tensor:
-    """Return fp32 [N, E or D] of texts, L2-normalised."""
+    """Return fp32 [N, E or D] of texts, L2-normalised.
+
+    Raises UserError for another pooling, or one that the model does not offer.
+    """
     if pooling not in get_args(TextPooling):
         raise unknown_name("pooling", pooling, get_args(TextPooling))
+    if isinstance(encoder, HFTextModel):
+        return encoder.features(texts, pooling, batch_size)
     if pooling == "embedding":
         return encoder.encode_text(texts, batch_size)
+    if not isinstance(encoder, Encoder):
+        raise UserError(f"pooling '{pooling}': exports and hf-text models have it, others the embedding alone")
     name = modality_of(encoder, "text", "features of texts")
     assert encoder.tokenizer is not None  # an encoder of texts has one
     images = torch.zeros(0, 3, 1, 1, dtype=torch.uint8, device=encoder.device)

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from mmd2v.data.class_folders import ClassFolders
+from mmd2v.data.labelled_images import LabelledImages, open_labelled
 from mmd2v.data.transforms import decode_image
 from mmd2v.errors import UserError, nearest
 from mmd2v.progress import Progress
@@ -103,22 +103,14 @@ def knn_accuracy(
 def knn_of_folder(
     encode: EncodeImages, train: str | Path, test: str | Path, k: int = 10, batch_size: int = _BATCH
 ) -> KnnResult:
-    """Classify the images of ``test`` by those of ``train``, both as `ClassFolders` reads them.
+    """Classify the images of ``test`` by those of ``train``, both as `open_labelled` reads them.
 
     ``encode`` gets decoded images and does the resizing. Raises UserError for what cannot be read, and for classes of
     ``test`` that ``train`` does not have.
     """
     if k < 1 or batch_size < 1:
         raise UserError(f"--k, --batch-size: found {k}, {batch_size}, expected at least 1")
-    bank, queries = ClassFolders(train, "--train"), ClassFolders(test, "--test")
-    if len(bank.classes) < 2:
-        raise UserError(f"--train: {train} has the class {bank.classes[0]} alone, expected at least two")
-    unknown = [name for name in queries.classes if name not in bank.classes]
-    if unknown:
-        hint = nearest(unknown[0], bank.classes)
-        raise UserError(
-            f"--test: class '{unknown[0]}' of {test} is not among the {len(bank.classes)} of --train {train}.{hint}"
-        )
+    bank, queries = train_and_test(train, test)
     if k > len(bank):
         raise UserError(f"--k: found {k}, expected 1..{len(bank)} (the images of the memory bank)")
     train_MD, train_labels = encode_class_folders(encode, bank, bank.classes, batch_size, "memory bank")
@@ -127,8 +119,29 @@ def knn_of_folder(
     return KnnResult(top1, k, bank.classes, len(bank), len(queries))
 
 
+def train_and_test(train: str | Path, test: str | Path) -> tuple[LabelledImages, LabelledImages]:
+    """Open labelled images to learn from and to classify.
+
+    Raises UserError for what cannot be read, a single class, and classes of ``test`` that ``train`` does not have.
+    """
+    bank, queries = open_labelled(train, "--train"), open_labelled(test, "--test")
+    if len(bank.classes) < 2:
+        raise UserError(f"--train: {train} has the class {bank.classes[0]} alone, expected at least two")
+    unknown = [name for name in queries.classes if name not in bank.classes]
+    if unknown:
+        hint = nearest(unknown[0], bank.classes)
+        raise UserError(
+            f"--test: class '{unknown[0]}' of {test} is not among the {len(bank.classes)} of --train {train}.{hint}"
+        )
+    return bank, queries
+
+
 def encode_class_folders(
-    encode: EncodeImages, folders: ClassFolders, classes: Sequence[str], batch_size: int = _BATCH, what: str = "images"
+    encode: EncodeImages,
+    folders: LabelledImages,
+    classes: Sequence[str],
+    batch_size: int = _BATCH,
+    what: str = "images",
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return (embeddings [M, D] on the CPU, labels int64 [M] as places in ``classes``), in the order of paths.
 
@@ -141,7 +154,10 @@ def encode_class_folders(
     images = folders.images()
     with Progress(f"encoding {what}", len(folders), unit="images") as progress:
         while chunk := list(islice(images, batch_size)):
-            pixels = [decode_image(data, folders.where(name)) for name, _, data in chunk]
+            pixels = [
+                data if isinstance(data, torch.Tensor) else decode_image(data, folders.where(name))
+                for name, _, data in chunk
+            ]
             rows.append(encode(pixels).float().cpu())
             names += [name for name, _, _ in chunk]
             labels += [place[of_class] for _, of_class, _ in chunk]

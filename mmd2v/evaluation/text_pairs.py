@@ -8,7 +8,7 @@ Shapes: N pairs, D width.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,10 +17,11 @@ import torch
 import torch.nn.functional as F
 
 from mmd2v.data.pair_files import PairFormat, TextPairs, read_pairs
-from mmd2v.errors import UserError
+from mmd2v.errors import UserError, nearest
 from mmd2v.evaluation.chance import chance_recall
 from mmd2v.evaluation.retrieval import Metrics, recall_bounds
 from mmd2v.progress import Progress
+from mmd2v.report.published import published
 from mmd2v_kernels import count_ahead
 
 PAIR_RECALL_AT = (1, 5)
@@ -71,6 +72,29 @@ class PairResult:
         return "\n".join(lines)
 
 
+@dataclass(frozen=True)
+class PairsReport:
+    """Several files, measured alike."""
+
+    results: Mapping[str, PairResult]
+    """Name of a set → its result"""
+
+    @property
+    def mean(self) -> float:
+        """The mean of all their numbers: of the 16 if these are the four sets."""
+        return sum(result.metrics["mean"] for result in self.results.values()) / len(self.results)
+
+    def record(self) -> dict[str, Any]:
+        """Return what goes into a JSON file."""
+        return {"sets": {name: result.record() for name, result in self.results.items()}, "mean": self.mean}
+
+    def text(self) -> str:
+        """Return what a person reads."""
+        parts = [f"{name}: {result.text()}" for name, result in self.results.items()]
+        numbers = len(self.results) * len(DIRECTIONS) * len(PAIR_RECALL_AT)
+        return "\n\n".join([*parts, f"mean of the {numbers} numbers of all sets: {100 * self.mean:.2f}"])
+
+
 def pair_metrics(first_ND: torch.Tensor, second_ND: torch.Tensor) -> Metrics:
     """Return recall of pairs of rows, compared by cosine (rows are L2-normalised here).
 
@@ -104,6 +128,55 @@ def pairs_of_file(
     pairs = read_pairs(path, format, limit)
     first_ND, second_ND = encode_pairs(encode, pairs)
     return PairResult(len(pairs), pairs.broken, pairs.format, pair_metrics(first_ND, second_ND))
+
+
+def pairs_of_files(
+    encode: EncodeTexts,
+    files: Mapping[str, Path],
+    format: PairFormat = "auto",
+    limit: int = PAIR_LIMIT,
+) -> PairsReport:
+    """Measure files by the names of their sets.
+
+    ``mrpc_train`` and ``mrpc_test`` are of format ``mrpc``, others of ``format``. The sets of the published protocol
+    (``qqp_train``, ``qqp_dev``, ``mrpc_train``, ``mrpc_test``) must have its numbers of pairs, or ``limit`` if that is
+    less. All are counted before the first one is encoded. Raises UserError as `read_pairs` and `pair_metrics` do, or
+    for another count.
+    """
+    sets, known = {}, published().pair_counts
+    for name, path in files.items():
+        pairs = read_pairs(path, "mrpc" if name in known and name.startswith("mrpc") else format, limit)
+        expected = min(limit, known.get(name, len(pairs)))
+        if len(pairs) != expected:
+            raise UserError(
+                f"--pairs: {path} holds {len(pairs):,} positive pairs (format {pairs.format}), expected {expected:,} "
+                f"of {name}; read with another --format, or give it another name"
+            )
+        sets[name] = pairs
+    return PairsReport(
+        {
+            name: PairResult(len(pairs), pairs.broken, pairs.format, pair_metrics(*encode_pairs(encode, pairs)))
+            for name, pairs in sets.items()
+        }
+    )
+
+
+def named_files(items: Sequence[str]) -> dict[str, Path]:
+    """Split ``NAME=FILE``; a file alone goes by its own name. Raises UserError for a name that comes twice."""
+    known = published().pair_counts
+    files: dict[str, Path] = {}
+    for item in items:
+        name, is_named, file = item.partition("=")
+        if not is_named or Path(item).exists():
+            name, file = Path(item).name, item
+        elif name not in known and (hint := nearest(name, known)):
+            raise UserError(
+                f"--pairs: unknown set '{name}'.{hint} A name unlike {', '.join(known)} can be chosen freely"
+            )
+        if not name or not file or name in files:
+            raise UserError(f"--pairs: found '{item}', expected FILE or NAME=FILE, each name once")
+        files[name] = Path(file)
+    return files
 
 
 def encode_pairs(encode: EncodeTexts, pairs: TextPairs) -> tuple[torch.Tensor, torch.Tensor]:

@@ -21,6 +21,7 @@ from mmd2v.models.student import Student, StudentOutput, Wanted
 from mmd2v.models.teachers import Needs, Targets, Teacher
 from mmd2v.objectives.attributes import Attributes
 from mmd2v.objectives.base import Objective
+from mmd2v.objectives.classification import Classification
 from mmd2v.objectives.cls_regression import CLSRegression
 from mmd2v.objectives.contrastive import Contrastive
 from mmd2v.objectives.contrastive_target import ContrastiveTarget
@@ -40,6 +41,7 @@ OBJECTIVES: dict[str, type[Objective]] = {
     "matching": Matching,
     "data2vec": Data2Vec,
     "attributes": Attributes,
+    "classification": Classification,
 }
 
 

@@ -269,3 +269,31 @@ def test_contrastive_refuses_batches_of_tokens():
     batch = replace(random_batch(), mean_over=3.5)
     with pytest.raises(UserError, match=r"contrastive: the ranks must have equally many samples"):
         objectives(student(batch), {}, batch)
+
+
+@pytest.mark.parametrize("modality", ["image", "text"])
+def test_classification_is_cross_entropy_of_the_pooled_output(modality):
+    term = {"kind": "classification", "modality": modality, "classes": 3}
+    student, objectives = build([term], data__labels="label")
+    batch = random_batch(captions=2)
+    with pytest.raises(UserError, match=r"objectives.0.classes: samples carry none labels, expected 3"):
+        objectives(student(batch), {}, batch)
+    classes = torch.tensor([2, 0, 1, 2])
+    weights = torch.tensor([1.0, 0, 1, 1])
+    batch = replace(batch, labels=F.one_hot(classes, 3).float(), weights=weights)
+    if modality == "text":  # two captions a sample
+        classes, weights = classes.repeat_interleave(2), weights.repeat_interleave(2)
+    output = student(batch)
+    logits = objectives.terms[0].head(output.pooled[modality])
+    expected = (F.cross_entropy(logits, classes, reduction="none") * weights).mean()
+    torch.testing.assert_close(objectives(output, {}, batch)["classification_loss"], expected)
+    accuracy = objectives.metrics()["classification_accuracy"]
+    torch.testing.assert_close(accuracy, (logits.argmax(1) == classes).float().mean())
+
+
+def test_classification_needs_labels_of_its_own_classes():
+    term = {"kind": "classification", "classes": 3}
+    with pytest.raises(ValueError, match="the classification objective needs"):
+        build([term])
+    with pytest.raises(ValueError, match=r"objectives.1.classes: found 4.* as 3 classes"):
+        build([term, {**term, "classes": 4}], data__labels="label")

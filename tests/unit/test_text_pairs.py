@@ -1,6 +1,7 @@
 """Text-pair retrieval against a dense reference, its file formats, its command, and published numbers."""
 
 import json
+import zlib
 
 import numpy as np
 import pytest
@@ -8,14 +9,18 @@ import torch
 from export_samples import CAPTIONS, small_export
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import AutoModel, AutoTokenizer
 
 import mmd2v
 from mmd2v.cli.main import main
 from mmd2v.data.pair_files import read_pairs
 from mmd2v.errors import UserError
 from mmd2v.evaluation.features import pool_rows, text_features
-from mmd2v.evaluation.text_pairs import PAIR_LIMIT, pair_metrics, pairs_of_file
+from mmd2v.evaluation.text_models import HFTextModel
+from mmd2v.evaluation.text_pairs import PAIR_LIMIT, named_files, pair_metrics, pairs_of_file, pairs_of_files
 from mmd2v.models.packed import Layout, Packed
+from mmd2v.report.published import published
+from mmd2v.report.results import read_results
 
 NUMBERS = [f"{side}_R@{k}" for side in ("second_to_first", "first_to_second") for k in (1, 5)]
 
@@ -200,31 +205,12 @@ def test_counts_of_the_real_files(shared):
 
 @pytest.fixture(scope="module")
 def minilm(shared):
-    """Mean pooling of all six blocks, by transformers."""
-    from transformers import AutoModel, AutoTokenizer
-
-    folder = shared / "teachers/minilm_l6_v2"
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    model = AutoModel.from_pretrained(folder, dtype=torch.float32).eval()
-
-    def encode(texts):
-        rows = torch.zeros(len(texts), model.config.hidden_size)
-        order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
-        for start in range(0, len(order), 64):
-            chosen = order[start : start + 64]
-            batch = tokenizer([texts[i] for i in chosen], padding=True, truncation=True, return_tensors="pt")
-            with torch.no_grad():
-                hidden = model(**batch).last_hidden_state
-            is_token = batch["attention_mask"][:, :, None].float()
-            rows[chosen] = (hidden * is_token).sum(1) / is_token.sum(1)
-        return rows
-
-    return encode
+    return HFTextModel(str(shared / "teachers/minilm_l6_v2"))
 
 
 @pytest.mark.slow
 def test_minilm_on_mrpc(shared, minilm):
-    found = pairs_of_file(minilm, shared / "mrpc/msr_paraphrase_test.txt").metrics
+    found = pairs_of_file(minilm.encode_text, shared / "mrpc/msr_paraphrase_test.txt").metrics
     recalls = [100 * found[f"{side}_R@1"] for side in ("first_to_second", "second_to_first")]
     assert recalls == pytest.approx([95.8, 96.2], abs=0.06)
     # Counting only what is strictly above, as some code does, forgives every tie.
@@ -232,8 +218,88 @@ def test_minilm_on_mrpc(shared, minilm):
 
 
 @pytest.mark.slow
-def test_minilm_on_the_first_qqp_pairs(shared, minilm):
-    found = pairs_of_file(minilm, shared / "qqp/quora-dev.csv", limit=3000).metrics
-    assert 100 * found["mean"] == pytest.approx(85.17, abs=0.06)
-    # The 85.8 on record is what strictly-above counting gives.
-    assert 25 * sum(found.get(f"{key}_best", found[key]) for key in NUMBERS) == pytest.approx(85.8, abs=0.06)
+@pytest.mark.parametrize(("blocks", "mean", "on_record"), [(0, 75.4, 75.9), (3, 76.2, 76.7), (6, 85.2, 85.8)])
+def test_minilm_on_the_first_qqp_pairs(shared, blocks, mean, on_record):
+    model = HFTextModel(str(shared / "teachers/minilm_l6_v2"), blocks=blocks)
+    found = pairs_of_file(model.encode_text, shared / "qqp/quora-dev.csv", limit=3000).metrics
+    assert 100 * found["mean"] == pytest.approx(mean, abs=0.06)
+    # What is on record, cut to a digit, is strictly-above counting.
+    assert 25 * sum(found.get(f"{key}_best", found[key]) for key in NUMBERS) == pytest.approx(on_record, abs=0.1)
+
+
+def test_a_hugging_face_encoder_by_its_first_blocks(shared, minilm):
+    """Fast: a few sentences against transformers itself, one by one, which leaves nothing to pad."""
+    texts = ["How do I learn to swim?", "A cat.", "What is the best way of learning to swim in a lake, and how long?"]
+    raw = AutoModel.from_pretrained(shared / "teachers/minilm_l6_v2", dtype=torch.float32).eval()
+    tokenizer = AutoTokenizer.from_pretrained(shared / "teachers/minilm_l6_v2")
+    with torch.no_grad():
+        alone = [raw(**tokenizer([text], return_tensors="pt")).last_hidden_state[0] for text in texts]
+    expected = {"cls": [rows[0] for rows in alone], "mean": [rows.mean(0) for rows in alone]}
+    for pooling, rows in expected.items():
+        wanted = torch.nn.functional.normalize(torch.stack(rows), dim=-1)
+        assert torch.allclose(minilm.features(texts, pooling, batch_size=2), wanted, atol=1e-5)
+    # Padding counted: another vector, the same in any company.
+    padded = minilm.features(texts, "mean_padded")
+    assert ((padded - minilm.features(texts, "mean")).norm(dim=1) > 0.05).all()
+    assert torch.allclose(minilm.features(texts[1:2], "mean_padded"), padded[1:2], atol=1e-5)
+    assert torch.equal(text_features(minilm, texts, "embedding"), minilm.encode_text(texts))
+    assert HFTextModel(str(shared / "teachers/minilm_l6_v2"), blocks=0).name == "minilm_l6_v2, 0 blocks"
+    with pytest.raises(UserError, match="7 blocks were asked for, the encoder has 6 blocks"):
+        HFTextModel(str(shared / "teachers/minilm_l6_v2"), blocks=7)
+    with pytest.raises(UserError, match="encodes texts alone"):
+        minilm.encode_image([])
+
+
+def test_the_published_sets_must_have_their_counts(shared, tmp_path, capsys):
+    assert dict(published().pair_counts) == {
+        "qqp_train": PAIR_LIMIT, "qqp_dev": 14885, "mrpc_train": 2753, "mrpc_test": 1147
+    }  # fmt: skip
+    files = {name: shared / f"mrpc/msr_paraphrase_{name[5:]}.txt" for name in ("mrpc_train", "mrpc_test")}
+
+    def encode(texts):
+        """A vector drawn by the sentence, in no time."""
+        draw = [np.random.default_rng(zlib.crc32(text.encode())).standard_normal(4) for text in texts]
+        return torch.tensor(np.stack(draw), dtype=torch.float32)
+
+    report = pairs_of_files(encode, files, "qqp_glue")
+    assert [result.pairs for result in report.results.values()] == [2753, 1147]
+    assert report.record()["mean"] == pytest.approx(
+        np.mean([result.metrics["mean"] for result in report.results.values()])
+    )
+    assert "mean of the 8 numbers of all sets" in report.text() and "1,147 positive pairs" in report.text()
+    with pytest.raises(UserError, match=r"holds 1,147 positive pairs \(format mrpc\), expected 2,753 of mrpc_train"):
+        pairs_of_files(encode, {"mrpc_train": files["mrpc_test"]})
+    with pytest.raises(UserError, match=r"holds 7,585 positive pairs \(format qqp\), expected 14,885 of qqp_dev"):
+        pairs_of_files(encode, {"qqp_dev": shared / "qqp/quora-dev.csv"})
+    assert pairs_of_files(encode, {"qqp_dev": shared / "qqp/quora-dev.csv"}, limit=100).results["qqp_dev"].pairs == 100
+
+
+def test_names_of_sets(tmp_path):
+    (tmp_path / "a=b.txt").write_text("")
+    files = named_files(["mrpc_test=x/test.txt", "own=y.csv", "z/plain.tsv", str(tmp_path / "a=b.txt")])
+    assert {name: str(path) for name, path in files.items()} == {
+        "mrpc_test": "x/test.txt", "own": "y.csv", "plain.tsv": "z/plain.tsv", "a=b.txt": str(tmp_path / "a=b.txt")
+    }  # fmt: skip
+    for items, message in [
+        (["mrpc_tset=x"], "unknown set 'mrpc_tset'. Did you mean 'mrpc_test'"),
+        (["a=x", "a=y"], "found 'a=y', expected FILE or NAME=FILE, each name once"),
+        (["a="], "found 'a='"),
+    ]:
+        with pytest.raises(UserError, match=message):
+            named_files(items)
+
+
+def test_command_with_several_sets_and_poolings(shared, folder, tmp_path, capsys):
+    out = tmp_path / "pairs.json"
+    model = f"hf-text:{shared / 'teachers/minilm_l6_v2'}"
+    files = [f"one={folder / 'mrpc.txt'}", f"two={folder / 'qqp.tsv'}"]
+    assert main(["eval", "pairs", model, "--pairs", *files, "--pooling", "cls", "mean", "--json", str(out)]) == 0
+    found = json.loads(out.read_text())
+    assert found["model"] == "minilm_l6_v2" and list(found["poolings"]) == ["cls", "mean"]
+    assert {name: part["pairs"] for name, part in found["poolings"]["mean"]["sets"].items()} == {"one": 2, "two": 2}
+    printed = capsys.readouterr().out
+    assert "pooling mean\none: 2 positive pairs, mrpc" in printed and "mean of the 8 numbers of all sets" in printed
+    results = read_results([out], published())
+    assert [(result.pooling, result.set) for result in results] == [
+        (pooling, name) for pooling in ("cls", "mean") for name in ("one", "two")
+    ]

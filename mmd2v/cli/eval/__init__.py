@@ -7,11 +7,21 @@ from collections.abc import Sequence
 
 import tyro
 
+from mmd2v.cli.eval.accuracy import Accuracy
 from mmd2v.cli.eval.knn import Knn
+from mmd2v.cli.eval.linear_probe import LinearProbe
 from mmd2v.cli.eval.pairs import Pairs
 from mmd2v.cli.eval.retrieval import Retrieval
+from mmd2v.cli.eval.zero_shot import ZeroShot
 
-SUBCOMMANDS = {"retrieval": Retrieval, "knn": Knn, "pairs": Pairs}
+SUBCOMMANDS = {
+    "retrieval": Retrieval,
+    "pairs": Pairs,
+    "knn": Knn,
+    "linear-probe": LinearProbe,
+    "zero-shot": ZeroShot,
+    "accuracy": Accuracy,
+}
 
 
 def main(argv: Sequence[str]) -> int:

@@ -16,8 +16,8 @@ class Retrieval:
     model: Positional[str]
     """Folder written by `mmd2v export`, or another model as KIND:PATH."""
     data: Positional[tuple[str, ...]] = ()
-    """A caption file (dataset_coco.json, dataset_flickr30k.json, a list of {"image", "caption"}, COCO's captions_*.json),
-    or shards: a folder of .tar files, a path with {000..007} braces or wildcards, one or more."""
+    """A caption file (dataset_coco.json, dataset_flickr30k.json, a list of {"image", "caption"}, captions_*.json), or
+    shards: a folder of .tar files, a path with {000..007} braces or wildcards, one or more."""
     shards: tuple[str, ...] = ()
     """The same as DATA."""
     images: tuple[str, ...] = ()

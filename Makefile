@@ -21,7 +21,7 @@ $(READY): setup.py VERSION
 	@echo "Installing mmd2v and what it needs into $(VENV) (torch alone is several GB; this takes minutes once)"
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet --editable '.[test]'
-	# A test computes every recall with it; its own requirements, which that needs none of, hold webdataset back.
+	@# A test computes every recall with it; its own requirements, which that needs none of, hold webdataset back.
 	$(BIN)/python -m pip install --quiet --no-deps clip_benchmark==1.6.2
 	@touch $@
 

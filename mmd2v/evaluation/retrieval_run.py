@@ -10,18 +10,19 @@ from typing import Any, Literal
 
 import torch
 
-from mmd2v.distributed.coordination import from_main_rank, on_every_rank
+from mmd2v.distributed.coordination import from_main_rank, on_every_rank, shared_error
 from mmd2v.distributed.environment import World, initialize, shutdown
 from mmd2v.distributed.heartbeat import Pulse
 from mmd2v.errors import UserError
 from mmd2v.evaluation.bootstrap import CONFIDENCE, Bootstrap
 from mmd2v.evaluation.caption_sets import CaptionSet, open_captions
 from mmd2v.evaluation.dump import check_dump, write_dump
+from mmd2v.evaluation.embedding_cache import cached_or, check_cache
 from mmd2v.evaluation.models import RetrievalModel, open_model
 from mmd2v.evaluation.protocols import DEFAULT_PROTOCOL, Protocol, ranked_set
 from mmd2v.evaluation.public_sets import check_public, ids_digest
 from mmd2v.evaluation.retrieval import RECALL_AT, Expected, Metrics, check_counts, metrics_over_ranks
-from mmd2v.evaluation.set_encoding import EncodedCaptions, EncodesIds, Tell, encode_captions
+from mmd2v.evaluation.set_encoding import EncodedCaptions, EncodesIds, Tell, describe_set, encode_captions
 from mmd2v.files import check_output
 from mmd2v.inference import Encoder, Precision
 from mmd2v.progress import Progress
@@ -166,6 +167,8 @@ def evaluate_retrieval(
         with Pulse(world, how.rank_timeout) as pulse:
             dump = None if dump is None else Path(dump)
             from_main_rank(lambda: _check_arguments(data, how, out, dump))
+            if how.cache is not None and not isinstance(model, str | Path):
+                raise shared_error("cache: needs a model by its name, found an object, whose content is not known")
             return _measure(model, data, how, world, pulse.at, dump)
     finally:
         shutdown()
@@ -241,11 +244,19 @@ def _encode(
             if bar is not None:
                 bar.advance(batch - bar.done)
 
-        encoded = encode_captions(
-            opened, captions, how.batch_size, told, workers=how.workers, allow_copies=data.allow_copies
-        )
-        told(-(-batches // world.size), "gathering")
-    return encoded
+        def encode() -> EncodedCaptions:
+            found = encode_captions(
+                opened, captions, how.batch_size, told, workers=how.workers, allow_copies=data.allow_copies
+            )
+            told(-(-batches // world.size), "gathering")
+            return found
+
+        if how.cache is None:
+            return encode()
+        assert isinstance(model, str | Path)  # has been checked
+        described = describe_set(captions, how.batch_size, tell, allow_copies=data.allow_copies)
+        tell(0, "looking into the cache")
+        return cached_or(how.cache, model, opened, described, encode)
 
 
 def _check_arguments(data: RetrievalData, how: HowMeasured, out: str | Path | None, dump: Path | None) -> None:
@@ -262,6 +273,8 @@ def _check_arguments(data: RetrievalData, how: HowMeasured, out: str | Path | No
         check_output("--json", out)
     if dump is not None:
         check_dump(dump)
+    if how.cache is not None:
+        check_cache(how.cache)
 
 
 def _check_modalities(encoder: Encoder, model: Any) -> None:

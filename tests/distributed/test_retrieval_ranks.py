@@ -1,5 +1,6 @@
 """`mmd2v eval retrieval` on several ranks: the numbers of one, errors on all, and no hang when one is lost."""
 
+import io
 import json
 import os
 import signal
@@ -7,16 +8,18 @@ import socket
 import sys
 import threading
 import time
+from contextlib import redirect_stdout
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from export_samples import photo
+from export_samples import CAPTIONS, photo, small_export
 from harness import run_distributed_test
 from mmd2v_process import as_if_started, forked
 from safetensors.torch import load_file
 
+from mmd2v.cli.main import main
 from mmd2v.distributed.collectives import rank
 from mmd2v.distributed.processes import LOST_STATUS
 from mmd2v.errors import ReportedByMainRank, UserError
@@ -103,6 +106,31 @@ def test_an_error_reaches_every_rank_and_is_told_once(tmp_path, kind):
     }[kind]
     with pytest.raises(UserError, match=message):
         raise UserError(told[0][0])
+
+
+def eval_of_an_export(arguments):
+    printed = io.StringIO()
+    with redirect_stdout(printed):
+        assert main(["eval", "retrieval", *arguments, "--device", "cpu", "--batch-size", "4"]) == 0
+    return printed.getvalue()
+
+
+def test_the_command_with_an_export_and_its_cache(tmp_path):
+    (tmp_path / "data").mkdir()
+    path, export = make(tmp_path / "data"), small_export(tmp_path)
+    words = " ".join(CAPTIONS).split()  # that its tokenizer knows
+    rows = json.loads(path.read_text())
+    for i, row in enumerate(rows):
+        row["caption"] = [" ".join(words[(3 * i + j) % len(words) :][:4]) for j in range(1 + i % 3)]
+    path.write_text(json.dumps(rows))
+    arguments = [str(export), str(path), "--resamples", "10"]
+    alone = eval_of_an_export(arguments)
+    assert "11 images, 21 captions" in alone and "centre crop" in alone
+    cached = [*arguments, "--cache", str(tmp_path / "cache")]
+    assert run_distributed_test(eval_of_an_export, 2, args=(cached,)) == [alone, ""]
+    assert len(list((tmp_path / "cache").iterdir())) == 1
+    assert eval_of_an_export(cached) == alone
+    assert len(list((tmp_path / "cache").iterdir())) == 1
 
 
 # ----------------------------------------------------------------------------- a lost rank

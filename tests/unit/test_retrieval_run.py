@@ -420,3 +420,52 @@ def test_clip_benchmark_finds_the_same_in_the_dump(dumped):
     for k in (1, 5, 10):
         assert found[f"t2i_R@{k}"] == pytest.approx(result[f"image_retrieval_recall@{k}"], abs=1e-6)
         assert found[f"i2t_R@{k}"] == pytest.approx(result[f"text_retrieval_recall@{k}"], abs=1e-6)
+
+
+# ----------------------------------------------------------------------------- the cache
+
+
+class Counting(ByContent):
+    encoded = 0
+
+    def encode_image(self, images, batch_size=64):
+        Counting.encoded += len(images)
+        return super().encode_image(images)
+
+
+def test_embeddings_are_remembered_until_something_changes(tmp_path, monkeypatch):
+    monkeypatch.setitem(models.MODELS, "counting", lambda rest, device, precision: Counting())
+    path, weights, cache = caption_file(tmp_path / "data"), tmp_path / "weights", tmp_path / "cache"
+    weights.write_text("first")
+    how = HowMeasured(device="cpu", bootstrap=Bootstrap(10), batch_size=3, cache=cache)
+
+    def found():
+        """(images encoded, the result)"""
+        Counting.encoded = 0
+        result = measure(path, f"counting:{weights}", how)
+        return Counting.encoded, result.record()
+
+    first = found()
+    assert first[0] == 7 and found() == (0, first[1]) and len(list(cache.iterdir())) == 1
+
+    photo(99).save(tmp_path / "data" / "photo3.png")  # an image
+    changed = found()
+    assert changed[0] == 7 and changed[1]["ids_sha256"] == first[1]["ids_sha256"] and found()[0] == 0
+    weights.write_text("second")  # the model
+    assert found() == (7, changed[1])
+    monkeypatch.setattr(Counting, "preprocessing", lambda self: "images: squashed")
+    assert found()[0] == 7
+    path.write_text(json.dumps(entries()[::-1]))  # the order of the ids
+    assert found()[0] == 7
+    assert len(list(cache.iterdir())) == 5
+
+    for file in cache.iterdir():  # a copy that was cut off
+        file.write_bytes(file.read_bytes()[:-1])
+    assert found()[0] == 7 and found()[0] == 0
+
+
+def test_the_cache_needs_a_model_by_name_and_a_folder(tmp_path):
+    path = caption_file(tmp_path / "data")
+    how = HowMeasured(device="cpu", cache=tmp_path / "cache")
+    refused("cache: needs a model by its name", path, ByContent(), how)
+    refused("--cache: .* is a file, expected a folder", path, how=HowMeasured(device="cpu", cache=path))

@@ -56,11 +56,14 @@ from mmd2v.config.section import (
     Triple,
 )
 from mmd2v.config.training import (
+    BestConfig,
     CheckpointConfig,
     EngineConfig,
     EvaluationConfig,
+    KnnEvaluationConfig,
     LoggingConfig,
     OptimizerConfig,
+    PairsEvaluationConfig,
     ParameterGroupConfig,
     Precision,
     StabilityConfig,
@@ -72,6 +75,7 @@ __all__ = [
     "AnyObjective",
     "ArrayConfig",
     "AttributesConfig",
+    "BestConfig",
     "CLSRegressionConfig",
     "CheckpointConfig",
     "ClassificationConfig",
@@ -90,6 +94,7 @@ __all__ = [
     "HFTextEncoderConfig",
     "ImageTransformConfig",
     "InitConfig",
+    "KnnEvaluationConfig",
     "LayerConfig",
     "LayerResultsConfig",
     "LoggingConfig",
@@ -100,6 +105,7 @@ __all__ = [
     "NonNegativeInt",
     "ObjectiveConfig",
     "OptimizerConfig",
+    "PairsEvaluationConfig",
     "ParameterGroupConfig",
     "PatchEncoderConfig",
     "Positive",
@@ -144,7 +150,9 @@ class Config(Section):
     stability: StabilityConfig = Field(
         default_factory=StabilityConfig, description="what is done when the loss is no number or jumps"
     )
-    evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig, description="recall during training")
+    evaluation: EvaluationConfig = Field(
+        default_factory=EvaluationConfig, description="what is measured during training"
+    )
     logging: LoggingConfig = Field(default_factory=LoggingConfig, description="what a person sees")
 
     @model_validator(mode="before")

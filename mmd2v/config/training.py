@@ -77,6 +77,15 @@ class EngineConfig(Section):
     )
 
 
+class BestConfig(Section):
+    """What makes a checkpoint the best one of a run."""
+
+    metric: str = Field(
+        description="a number of the evaluations during training, such as i2t_R@1, knn_top1 or pairs/NAME/mean"
+    )
+    mode: Literal["max", "min"] = Field("max", description="whether more or less of it is better")
+
+
 class CheckpointConfig(Section):
     """What is kept of a run."""
 
@@ -87,6 +96,11 @@ class CheckpointConfig(Section):
     keep: PositiveInt = Field(2, description="newest checkpoints kept, beside the permanent ones")
     permanent_every: PositiveInt | None = Field(
         None, description="checkpoints at multiples of this step are kept for ever; it makes none by itself"
+    )
+    best: BestConfig | None = Field(
+        None,
+        description="make a checkpoint at each evaluation after a step that beats those before it, and keep it until "
+        "it is beaten; none: no number decides",
     )
     asynchronous: bool = Field(
         True,
@@ -116,12 +130,38 @@ class StabilityConfig(Section):
     roll_backs: NonNegativeInt = Field(2, description="most times that a run rolls back")
 
 
+class KnnEvaluationConfig(Section):
+    """k-NN image classification during training."""
+
+    train: str = Field(description="memory bank: a folder of class folders of images, or an archive of one")
+    test: str = Field(description="images to classify, in the same forms")
+    k: PositiveInt = Field(10, description="neighbours that vote")
+    features: Literal["embedding", "pooled"] = Field(
+        "pooled", description="embedding: what retrieval compares; pooled: the vector before the projection"
+    )
+
+
+class PairsEvaluationConfig(Section):
+    """Text-pair retrieval during training."""
+
+    file: str = Field(description="labelled pairs, of which the positive ones are used")
+    format: Literal["auto", "mrpc", "qqp", "qqp_glue"] = Field("auto", description="as `mmd2v eval pairs`")
+    limit: PositiveInt = Field(25_000, description="the first so many positive pairs at most")
+    features: Literal["embedding", "pooled"] = Field(
+        "pooled", description="embedding: what retrieval compares; pooled: the vector before the projection"
+    )
+
+
 class EvaluationConfig(Section):
-    """Recall during training."""
+    """What is measured during training: recall on `data.eval`, and what is named here. All ranks share the work."""
 
     every: PositiveInt | None = Field(None, description="steps between evaluations; none: only at the end")
     at_start: bool = Field(False, description="evaluate the untrained model too")
     batch_size: PositiveInt = Field(128, description="images a rank and forward pass")
+    knn: KnnEvaluationConfig | None = Field(None, description="classify images by their neighbours; none: not")
+    pairs: dict[str, PairsEvaluationConfig] = Field(
+        default_factory=dict, description="name → text pairs that are to find each other"
+    )
 
 
 class LoggingConfig(Section):

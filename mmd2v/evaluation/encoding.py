@@ -62,7 +62,7 @@ def encode_set(student: Encode, loader: Iterable[Batch], device: torch.device, *
     module.eval()
     try:
         with torch.no_grad():
-            for batch, is_own in _in_step(loader):
+            for batch, is_own in in_step(loader):
                 output = student(batch.to(device))
                 if is_own:
                     images.append(_embedding(output, image))
@@ -84,8 +84,11 @@ def encode_set(student: Encode, loader: Iterable[Batch], device: torch.device, *
     )
 
 
-def _in_step(loader: Iterable[Batch]) -> Iterator[tuple[Batch, bool]]:
-    """Yield (batch, whether it is this rank's own) equally often on all ranks; errors are raised on all of them."""
+def in_step(loader: Iterable[Batch], what: str = "image") -> Iterator[tuple[Batch, bool]]:
+    """Yield (batch, whether it is this rank's own) equally often on all ranks; errors are raised on all of them.
+
+    ``what`` messages call one item of the set.
+    """
     batches = iter(loader)
     last: Batch | None = None
     while True:
@@ -100,10 +103,12 @@ def _in_step(loader: Iterable[Batch]) -> Iterator[tuple[Batch, bool]]:
                 raise shared_error(message)
         if not any(has_batch for has_batch, _ in status):
             if last is None:
-                raise shared_error("evaluation: the set holds no image")
+                raise shared_error(f"evaluation: the set holds no {what}")
             return
         if last is None and not all(has_batch for has_batch, _ in status):
-            raise shared_error(f"evaluation: fewer images than the {len(status)} ranks; use fewer ranks or more images")
+            raise shared_error(
+                f"evaluation: fewer {what}s than the {len(status)} ranks; use fewer ranks or more {what}s"
+            )
         own = batch is not None
         last = batch if batch is not None else last
         assert last is not None

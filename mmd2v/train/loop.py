@@ -31,6 +31,7 @@ from mmd2v.distributed.vote import Ballot, StepVote
 from mmd2v.errors import UserError
 from mmd2v.files import check_output
 from mmd2v.train.averages import averages, load_averages, save_averages, update_averages
+from mmd2v.train.best import Best, best_of, find_best, write_best
 from mmd2v.train.checkpoints.choosing import Choice, choose_checkpoint
 from mmd2v.train.checkpoints.folders import restore_replaced, set_aside_after
 from mmd2v.train.checkpoints.loading import load_checkpoint
@@ -38,7 +39,7 @@ from mmd2v.train.checkpoints.manifest import Manifest, describe
 from mmd2v.train.checkpoints.saving import Checkpointer
 from mmd2v.train.damage import DamageWatch
 from mmd2v.train.engine import PRODUCTS, Engine
-from mmd2v.train.evaluation import check_evaluation, evaluate, recall_line
+from mmd2v.train.evaluation import check_evaluation, evaluate, measures_anything, result_line
 from mmd2v.train.finite import ADVICE, Diverged, check_weights, diverged
 from mmd2v.train.metrics import (
     METRICS_FILE,
@@ -95,6 +96,8 @@ class Run:
         self._save_began = 0.0
         self._save_took: float | None = None
         """Seconds of the last save, until they are reported."""
+        self._better: Best | None = None
+        """What the checkpoint that is being written will be as the best one."""
         # What is wrong with a config should come out before anything is loaded or written.
         self.plan: BatchPlan = from_main_rank(lambda: plan_batches(config, world.size))
         batch = None if config.data.batch_tokens else self.plan.global_batch
@@ -128,6 +131,8 @@ class Run:
         if world.is_main and (start is None or self.step < self.steps):  # a finished run keeps its config
             describe_run(self.run_dir, config, world, self.engine.description)
         self.reporter = Reporter(self.run_dir, world, self.steps, self.step, config.logging.tensorboard)
+        self.best: Best | None = from_main_rank(lambda: self._find_best())
+        self.checkpointer.best = self.best.step if self.best else None
         self.meter, self.stopwatch = LossMeter(), Stopwatch()
         if manifest is not None:
             self.meter.load_state(manifest.interval, world, self.plan.accumulation)
@@ -164,7 +169,7 @@ class Run:
 
         # One that a signal left out.
         if self._evaluates() and 0 < self.step < self.steps and not self._is_evaluated():
-            self._evaluate()
+            self._evaluate_saved()
             self._leave_if_asked()
 
         self._batches = iter(self.loader)
@@ -186,9 +191,9 @@ class Run:
 
         # A finished run that is started again has its last recall already.
         if not self._is_evaluated():
-            if self.config.data.eval is not None:
+            if measures_anything(self.config):
                 self._leave_if_asked()
-            self._evaluate()
+            self._evaluate_saved()
         self.vote.close()
         self.reporter.say(f"finished: step {self.step} of {self.steps}, run in {self.run_dir}")
 
@@ -217,13 +222,13 @@ class Run:
 
         # Once in a while: recall on the held-out set. The last one comes after the last checkpoint.
         # A signal does not wait for it: the run that goes on makes up for it.
-        if self._evaluates() and not last and not ballot.stop:
-            self._evaluate()
+        better = self._evaluate() if self._evaluates() and not last and not ballot.stop else None
 
-        # Once in a while and at the end: a checkpoint; also when the clock or a signal asks for one. Those come at no
-        # fixed step: they end no interval, which the run that goes on from there ends where this one would have.
-        if saves or ballot.due or ballot.stop:
-            self._save()
+        # Once in a while and at the end: a checkpoint; also of the best model, and when the clock or a signal asks for
+        # one. Those come at no fixed step: they end no interval, which the run that goes on from there ends where this
+        # one would have.
+        if saves or better or ballot.due or ballot.stop:
+            self._save(better)
         elif self.checkpointer.pending and not ballot.writing:
             self._finish_save()
         if ballot.stop and not last:
@@ -414,18 +419,44 @@ class Run:
         own = torch.tensor(float(self._text_tokens), dtype=torch.float64, device=self.world.device)
         return {"throughput(tokens/s)": float(mean_over_ranks(own)) * self.world.size / seconds}
 
-    def _evaluate(self) -> None:
-        if self.config.data.eval is None:
-            return
+    def _evaluate(self) -> Best | None:
+        """Measure and record; return what this step would be as the best one, if it is; every rank must call it."""
+        if not measures_anything(self.config):
+            return None
         with self._pause("evaluating"):
             average_buffers(self.engine.module)
             metrics = evaluate(self.config, self.parts, self.world)
             self.engine.release()
         self.reporter.record(self.step, {f"evaluation/{name}": value for name, value in metrics.items()})
-        self.reporter.say(f"step {self.step}/{self.steps}  recall  {recall_line(metrics)}")
+        self.reporter.say(f"step {self.step}/{self.steps}  {result_line(metrics)}")
+        found = best_of(self.config.checkpoint.best, metrics, self.step)
+        return found if found is not None and found.beats(self._better or self.best) else None
 
-    def _save(self) -> None:
-        """Begin a checkpoint of the present step; `_finish_save` puts it in place."""
+    def _evaluate_saved(self) -> None:
+        """Measure at a step that has its checkpoint already, as a rule."""
+        better = self._evaluate()
+        if better is None:
+            return
+        if self.checkpointer.keep_as_best(self.step):
+            self._new_best(better)
+        else:  # it was continued from the checkpoint of another run
+            self._save(better)
+            self._finish_save()
+
+    def _new_best(self, best: Best) -> None:
+        """Tell of the best checkpoint, now that it is in place."""
+        self.best = best
+        from_main_rank(lambda: write_best(self.run_dir, best))
+        self.reporter.say(best.said())
+
+    def _find_best(self) -> Best | None:
+        """Return the best of the checkpoints there are; on rank 0 alone."""
+        best = find_best(self.config.checkpoint.best, self.run_dir)
+        write_best(self.run_dir, best)
+        return best
+
+    def _save(self, better: Best | None = None) -> None:
+        """Begin a checkpoint of the present step, the best one if so; `_finish_save` puts it in place."""
         self._finish_save()
         with self._pause("saving"):
             self._read_meter()
@@ -440,17 +471,26 @@ class Run:
                 steps_ahead=self.steps_ahead,
             )
             self._save_began = time.monotonic()
-            self.checkpointer.save(self.engine, manifest, lambda to: save_averages(self.parts.teachers, to))
+            self._better = better
+            self.checkpointer.save(
+                self.engine, manifest, lambda to: save_averages(self.parts.teachers, to), best=better is not None
+            )
             self._saved, self._due = self.step, time.monotonic()
         if not self.checkpointer.pending:  # it was written at once
-            self._save_took = time.monotonic() - self._save_began
+            self._note_saved()
 
     def _finish_save(self) -> None:
         """Put the last checkpoint in place, if that has not been done; waits for its files."""
         if self.checkpointer.pending:
             with self._pause("saving"):
                 self.checkpointer.finish()
-            self._save_took = time.monotonic() - self._save_began
+            self._note_saved()
+
+    def _note_saved(self) -> None:
+        self._save_took = time.monotonic() - self._save_began
+        if self._better is not None:
+            self._new_best(self._better)
+            self._better = None
 
     def _load(self, checkpoint: Path) -> Manifest:
         """Put a checkpoint's state into the engine and the averages; the position in the data is for the caller."""

@@ -48,6 +48,10 @@ class SourceOptions:
     """Most words of a passage; none: `text.PASSAGE_WORDS`."""
     skip_bad: bool = False
     """Whether damaged samples become records with `Record.damage` instead of an error at once."""
+    packing: bool = True
+    """Whether messages may advise a flag of `mmd2v data pack`."""
+    find_images: bool = True
+    """Whether the images are looked for; without, records cannot be read. For captions alone."""
 
 
 OPTION_FLAGS = {
@@ -102,9 +106,11 @@ class Source(ABC):
         """Yield the stamps of all files the records come from, in a stable order."""
 
 
-def stops(damage: Damage) -> UserError:
-    """The error of a damaged sample where such samples are not skipped."""
+def stops(damage: Damage, *, packing: bool = True) -> UserError:
+    """The error of a damaged sample where such samples are not skipped; ``packing``: and could be, by a flag."""
     text = str(damage)
+    if not packing:
+        return UserError(text)
     return UserError(f"{text}{'' if text.endswith(('.', '?')) else '.'} --skip-bad leaves such samples out")
 
 

@@ -35,6 +35,9 @@ class CaptionFile(Source):
             except Damage as damage:
                 record.damage = self._bad(damage)
         self._check_unique()
+        self._files: ImageFiles | None = None
+        if not options.find_images:
+            return
         default = self.path if self.path.is_dir() else self.path.parent
         self._files = open_images(options.images or (default,), tolerant=options.skip_bad)
         self._stored = self._find_images(self._files)
@@ -51,12 +54,13 @@ class CaptionFile(Source):
         """See `Source.stamps`."""
         if self.path.is_file():
             yield stamp(self.path)
-        yield from self._files.stamps(self._stored)
+        if self._files is not None:
+            yield from self._files.stamps(self._stored)
 
     def _bad(self, damage: Damage) -> Damage:
         """Return the damage where bad samples are skipped, else raise it."""
         if not self.options.skip_bad:
-            raise stops(damage) from None
+            raise stops(damage, packing=self.options.packing) from None
         return damage
 
     def _check_unique(self) -> None:

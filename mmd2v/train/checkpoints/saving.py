@@ -39,15 +39,21 @@ class _Pending:
     writer: CheckpointWriter
     temporary: Path
     final: Path
+    best: bool
 
 
 class Checkpointer:
-    """Writes the checkpoints of one run, keeps the newest ``settings.keep`` of them and all that are permanent.
+    """Writes the checkpoints of one run, keeps the newest ``settings.keep`` of them, the best and all permanent ones.
 
     `save` copies the state and returns; the files are written beside the training, and `finish` puts the checkpoint in
     place. Until then nothing of it is seen, so a run that is killed continues from the one before. Every rank must
     call `save` and `finish`, at the same steps.
+
+    Attributes:
+        best: step of the best checkpoint, which is kept until a better one is in place; None: there is none.
     """
+
+    best: int | None = None
 
     def __init__(self, run_dir: Path, settings: CheckpointConfig, world: World) -> None:
         self.run_dir = run_dir
@@ -82,11 +88,13 @@ class Checkpointer:
         extra: Callable[[CheckpointWriter], None] | None = None,
         *,
         permanent: bool = False,
+        best: bool = False,
     ) -> Path:
         """Begin a checkpoint of the state as it is now and return the path it will have; finish the one before first.
 
-        ``extra`` adds files, on rank 0. Raises UserError when the folder cannot be written, and what `finish` raises of
-        the one before. With ``settings.asynchronous`` false the checkpoint is in place when this returns.
+        ``extra`` adds files, on rank 0; ``best`` makes it the best one, once it is in place. Raises UserError when the
+        folder cannot be written, and what `finish` raises of the one before. With ``settings.asynchronous`` false the
+        checkpoint is in place when this returns.
         """
         self.finish()
         every = self.settings.permanent_every
@@ -97,7 +105,7 @@ class Checkpointer:
         self._must_exist = True
 
         writer = CheckpointWriter(temporary, self._buffers)
-        self._pending = _Pending(replace(manifest, permanent=permanent), writer, temporary, final)
+        self._pending = _Pending(replace(manifest, permanent=permanent), writer, temporary, final, best)
         _write(engine, writer)
         with writer.noting_errors():
             save_rank_state(engine.module.objectives, writer)
@@ -129,6 +137,23 @@ class Checkpointer:
             raise shared_error(self._failure(pending.final, lines)) from writer.cause
         files = {name: list(checksum) for _, written in outcomes for name, checksum in written.items()}
         from_main_rank(lambda: self._put_in_place(pending, dict(sorted(files.items()))))
+        if pending.best:
+            self.best = pending.manifest.step
+
+    def keep_as_best(self, step: int) -> bool:
+        """Make the checkpoint of a step the best one; False when there is none. Every rank must call it."""
+
+        def keep() -> bool:
+            final = self.folder / f"step-{step:06d}"
+            if not (final / MANIFEST).is_file():
+                return False
+            self.best = step
+            self._prune_or_warn(final, _is_kept(final))
+            return True
+
+        kept: bool = from_main_rank(keep)
+        self.best = step if kept else self.best
+        return kept
 
     def close(self) -> None:
         """Give up what is pending; a hidden folder is all that is left of it. Does not communicate."""
@@ -172,9 +197,14 @@ class Checkpointer:
             shutil.rmtree(temporary, ignore_errors=True)
             raise UserError(self._failure(final, [f"rank 0: {disk_message(error)}"])) from error
         _sync_folder(self.folder)
+        if pending.best:
+            self.best = pending.manifest.step
+        self._prune_or_warn(final, pending.manifest.permanent)
+
+    def _prune_or_warn(self, final: Path, permanent: bool) -> None:
         try:
-            self._prune(final, pending.manifest.permanent)
-        except OSError as error:  # it is there all the same
+            self._prune(final, permanent)
+        except OSError as error:  # the checkpoint is there all the same
             logger.warning("%s: older checkpoints could not be removed: %s", self.folder, disk_message(error))
 
     def _rename(self, temporary: Path, final: Path) -> None:
@@ -192,7 +222,11 @@ class Checkpointer:
         shutil.rmtree(replaced, ignore_errors=True)
 
     def _prune(self, final: Path, permanent: bool) -> None:
-        older = [path for _, path in complete_checkpoints(self.folder) if path != final and not _is_kept(path)]
+        older = [
+            path
+            for step, path in complete_checkpoints(self.folder)
+            if path != final and step != self.best and not _is_kept(path)
+        ]
         keep = self.settings.keep - (not permanent)
         hidden = []
         for path in older[: max(0, len(older) - keep)]:

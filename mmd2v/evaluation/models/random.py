@@ -6,9 +6,11 @@ Shapes: B images, N texts, E width of an embedding.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 from mmd2v.errors import UserError
 from mmd2v.evaluation.models.measured import MeasuredModel
@@ -39,6 +41,11 @@ class RandomModel(MeasuredModel):
     def embed_texts(self, tokens: torch.Tensor) -> torch.Tensor:
         """Return [N, E] as they are, on the device."""
         return tokens.to(self.device)
+
+    def encode_ids(self, ids: Sequence[str]) -> torch.Tensor:
+        """Return [B, E], L2-normalised: the points of images of which only the ids are there, as of public sets."""
+        points = torch.stack([self._point(b"id", name.encode("utf-8", "surrogatepass")) for name in ids])
+        return F.normalize(points, dim=-1).to(self.device)
 
     def image_preprocessing(self) -> str:
         """Say what happens to an image."""

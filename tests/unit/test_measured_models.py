@@ -192,3 +192,10 @@ def test_every_kind_is_one_that_opens():
     for kind in MODELS:
         with pytest.raises(UserError):
             open_model(f"{kind}:/nowhere/at-all,x=y", "cpu")
+
+
+def test_images_known_by_their_ids_alone_are_points_too():
+    model = open_model("random:16")
+    rows = model.encode_ids(["a", "b", "a"])
+    assert rows.shape == (3, 16) and torch.equal(rows[0], rows[2]) and not torch.equal(rows[0], rows[1])
+    torch.testing.assert_close(rows.norm(dim=1), torch.ones(3))

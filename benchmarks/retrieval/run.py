@@ -1,12 +1,17 @@
-"""Time exact retrieval against bare matrix products of the same size, in one run, interleaved.
+"""Time exact retrieval against bare matrix products and other libraries, in one run, interleaved.
 
-    python benchmarks/retrieval/run.py --out benchmarks/results/retrieval.csv
+    benchmarks/retrieval/peer_environment.sh /tmp/peer      # once, some seconds
+    /tmp/peer/bin/python benchmarks/retrieval/run.py --out benchmarks/results/retrieval_cpu.csv
 
-appends a row an operator: median and 20th and 80th percentile of its wall time, and the most memory it took beyond
-its inputs. Data are random rows, L2-normalised, in fp32; each query leans on its positive so far that about half of
-them are found first. `faiss` is the flat index of faiss-cpu, where that is installed. `matmul` is the product alone,
-with all N × M scores in memory; `matmul_topk` takes the product in chunks of rows and keeps their k best in fp32,
-which is not exact.
+appends a row an operator: median and 20th and 80th percentile of its wall time, the most memory it took beyond its
+inputs, and the share of queries whose nearest rows are those of float64 scores, by score, then lowest index. Data are
+random rows, L2-normalised, in fp32; each query leans on its positive so far that about half of them are found first.
+
+`rank_count` is all of recall in both directions. `clip_benchmark` computes R@1, 5 and 10 with CLIP_benchmark's
+functions and `open_clip` its metrics (which know one caption an image: only where both sides have as many rows).
+`faiss` is the flat index of faiss-cpu; building it is not timed. `matmul` is the product alone, with all N × M scores
+in memory; `matmul_topk` takes the product in chunks of rows and keeps their k best. bf16 products are timed where the
+processor has them. Peers that are not installed are left out.
 """
 
 from __future__ import annotations
@@ -16,6 +21,7 @@ import ctypes
 import importlib.util
 import io
 import math
+import os
 import platform
 import sys
 from collections.abc import Callable, Sequence
@@ -36,10 +42,11 @@ from mmd2v.report.machine import processor
 from mmd2v.train.run_dir import code_version
 from mmd2v_kernels import cosine_topk, rank_count
 
-HEADER = "kernel,provider,dtype,shape,repeats,p50_ms,p20_ms,p80_ms,peak_extra_mb,"
+HEADER = "kernel,provider,dtype,shape,repeats,p50_ms,p20_ms,p80_ms,peak_extra_mb,exact_percent,"
 HEADER += "processor,threads,python,torch,mmd2v,commit\n"
 CHUNK = 1024  # query rows of `matmul_topk` at a time
 LARGEST_MATRIX = 1 << 30  # scores that `matmul` holds at once, 4 GiB
+CHECKED = 256  # queries whose nearest rows are compared with those of float64 scores
 K = 10  # nearest rows to find, as R@10 needs them
 
 
@@ -65,7 +72,7 @@ def main(argv: Sequence[str]) -> int:
     if options.repeats < 2:
         raise UserError(f"--repeats: found {options.repeats}, expected at least 2 (percentiles need them)")
     check_output("--out", options.out)
-    old = rows_so_far(options.out)
+    old = rows_so_far(options.out, HEADER)
     generator = torch.Generator().manual_seed(0)
     noise_ND, bank_MD = (
         torch.nn.functional.normalize(torch.randn(rows, options.width, generator=generator), dim=1)
@@ -77,18 +84,11 @@ def main(argv: Sequence[str]) -> int:
     queries_ND = lean * bank_MD[positives_P2[:, 1]] + math.sqrt(1 - lean * lean) * noise_ND
     queries_ND = torch.nn.functional.normalize(queries_ND, dim=1)
     del noise_ND
-    operators: dict[tuple[str, str], Callable[[], object]] = {
-        ("rank_count", "mmd2v"): lambda: rank_count(queries_ND, bank_MD, positives_P2),
-        ("cosine_topk", "mmd2v"): lambda: cosine_topk(queries_ND, bank_MD, K),
-        ("matmul", "torch"): lambda: queries_ND @ bank_MD.t(),
-        ("matmul_topk", "torch"): lambda: [(rows @ bank_MD.t()).topk(K) for rows in queries_ND.split(CHUNK)],
-    }
-    if options.captions * options.images > LARGEST_MATRIX:
-        del operators["matmul", "torch"]
-    if importlib.util.find_spec("faiss"):
-        operators["cosine_topk", "faiss"] = faiss_flat(queries_ND, bank_MD)
+    problem = Problem(queries_ND, bank_MD, positives_P2)
+    operators = chosen(problem)
     memory = {name: peak_extra_megabytes(call) for name, call in operators.items()}
-    times: dict[tuple[str, str], list[float]] = {name: [] for name in operators}
+    exact = {name: problem.exact_percent(call) for name, call in operators.items() if name[0] in _NEAREST}
+    times: dict[tuple[str, str, str], list[float]] = {name: [] for name in operators}
     with Progress("timing", len(operators) * options.repeats, unit="calls") as progress:
         for _ in range(options.repeats):
             for name, call in operators.items():
@@ -98,16 +98,95 @@ def main(argv: Sequence[str]) -> int:
     machine = [processor(), torch.get_num_threads(), platform.python_version(), torch.__version__]
     machine += [mmd2v.__version__, code_version()]
     writer = csv.writer(new := io.StringIO(), lineterminator="\n")
-    for (kernel, provider), taken in times.items():
+    for name, taken in times.items():
+        kernel, provider, dtype = name
         p20, _, _, p80 = quantiles(taken, n=5, method="inclusive")
-        numbers = [f"{number:.3f}" for number in (median(taken), p20, p80, memory[kernel, provider])]
-        print(f"{kernel:<12} {provider:<6} {numbers[0]:>12} ms  ({numbers[1]} to {numbers[2]})  {numbers[3]:>10} MB")
-        writer.writerow([kernel, provider, "fp32", shape, options.repeats, *numbers, *machine])
+        numbers = [f"{number:.3f}" for number in (median(taken), p20, p80, memory[name])]
+        share = f"{exact[name]:.2f}" if name in exact else ""
+        print(
+            f"{kernel:<12} {provider:<14} {dtype} {numbers[0]:>12} ms  ({numbers[1]} to {numbers[2]})"
+            f"  {numbers[3]:>10} MB" + (f"  {share} % exact" if share else "")
+        )
+        writer.writerow([kernel, provider, dtype, shape, options.repeats, *numbers, share, *machine])
     write_text(options.out, old + new.getvalue())
     return 0
 
 
-def faiss_flat(queries_ND: torch.Tensor, bank_MD: torch.Tensor) -> Callable[[], object]:
+@dataclass(frozen=True)
+class Problem:
+    """What is searched."""
+
+    queries_ND: torch.Tensor
+    bank_MD: torch.Tensor
+    positives_P2: torch.Tensor
+
+    def exact_percent(self, call: Callable[[], object]) -> float:
+        """Return the share of the first queries for which ``call``'s nearest rows are the exact ones, in order."""
+        found = call()
+        index = torch.as_tensor(found[-1]) if isinstance(found, tuple) else torch.cat([part.indices for part in found])
+        number = min(CHECKED, len(self.queries_ND))
+        os.environ["MMD2V_KERNELS"] = "cosine_topk=reference"
+        try:
+            exact = cosine_topk(self.queries_ND[:number], self.bank_MD, K)[1]
+        finally:
+            del os.environ["MMD2V_KERNELS"]
+        return 100 * (index[:number] == exact).all(1).double().mean().item()
+
+
+_NEAREST = ("cosine_topk", "matmul_topk")
+
+
+def chosen(problem: Problem) -> dict[tuple[str, str, str], Callable[[], object]]:
+    """Return what is timed, by (kernel, provider, dtype)."""
+    queries_ND, bank_MD, positives_P2 = problem.queries_ND, problem.bank_MD, problem.positives_P2
+    scores = len(queries_ND) * len(bank_MD)
+    calls: dict[tuple[str, str, str], Callable[[], object]] = {
+        ("rank_count", "mmd2v", "fp32"): lambda: rank_count(queries_ND, bank_MD, positives_P2),
+        ("cosine_topk", "mmd2v", "fp32"): lambda: cosine_topk(queries_ND, bank_MD, K),
+        ("matmul_topk", "torch", "fp32"): lambda: matmul_topk(queries_ND, bank_MD),
+    }
+    if scores <= LARGEST_MATRIX:
+        calls["matmul", "torch", "fp32"] = lambda: queries_ND @ bank_MD.t()
+    if torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        half_ND, half_MD = queries_ND.bfloat16(), bank_MD.bfloat16()
+        calls["matmul_topk", "torch", "bf16"] = lambda: matmul_topk(half_ND, half_MD)
+        if scores <= LARGEST_MATRIX:
+            calls["matmul", "torch", "bf16"] = lambda: half_ND @ half_MD.t()
+    if importlib.util.find_spec("faiss"):
+        calls["cosine_topk", "faiss", "fp32"] = faiss_flat(queries_ND, bank_MD)
+    if importlib.util.find_spec("clip_benchmark") and scores <= LARGEST_MATRIX:
+        calls["rank_count", "clip_benchmark", "fp32"] = clip_benchmark_recall(problem)
+    if importlib.util.find_spec("open_clip_train") and len(queries_ND) == len(bank_MD):
+        from open_clip_train.train import get_clip_metrics
+
+        calls["rank_count", "open_clip", "fp32"] = lambda: get_clip_metrics(bank_MD, queries_ND, torch.tensor(1.0))
+    return calls
+
+
+def matmul_topk(queries_ND: torch.Tensor, bank_MD: torch.Tensor) -> list[torch.return_types.topk]:
+    """Return scores and indices of the K best, in chunks of queries: not exact in fp32, and ties in any order."""
+    return [(rows @ bank_MD.t()).topk(K) for rows in queries_ND.split(CHUNK)]
+
+
+def clip_benchmark_recall(problem: Problem) -> Callable[[], object]:
+    """Return what CLIP_benchmark's evaluation does with the embeddings, at 1, 5 and 10."""
+    from clip_benchmark.metrics.zeroshot_retrieval import batchify, recall_at_k
+
+    def recall() -> list[float]:
+        scores_NM = problem.queries_ND @ problem.bank_MD.t()
+        positive_NM = torch.zeros_like(scores_NM, dtype=torch.bool)
+        positive_NM[problem.positives_P2[:, 0], problem.positives_P2[:, 1]] = True
+        sides = (scores_NM, positive_NM), (scores_NM.T, positive_NM.T)
+        return [
+            (batchify(recall_at_k, *side, 64, "cpu", k=k) > 0).float().mean().item()
+            for k in (1, 5, 10)
+            for side in sides
+        ]
+
+    return recall
+
+
+def faiss_flat(queries_ND: torch.Tensor, bank_MD: torch.Tensor) -> Callable[[], tuple[object, object]]:
     """Return the search in an index that holds the bank; building it is not timed."""
     import faiss
 
@@ -127,11 +206,11 @@ def peak_extra_megabytes(call: Callable[[], object]) -> float:
     return max(0, 1024 * kibibytes - before) / 1e6
 
 
-def rows_so_far(path: Path) -> str:
+def rows_so_far(path: Path, header: str) -> str:
     """Return the CSV text that rows are added to. Raises UserError if it has other columns."""
-    old = path.read_text(encoding="utf-8") if path.exists() else HEADER
-    if not old.startswith(HEADER):
-        raise UserError(f"--out: {path} has other columns, expected {HEADER.rstrip()}")
+    old = path.read_text(encoding="utf-8") if path.exists() else header
+    if not old.startswith(header):
+        raise UserError(f"--out: {path} has other columns, expected {header.rstrip()}")
     return old
 
 

@@ -21,8 +21,8 @@ from threadpoolctl import ThreadpoolController
 
 __all__ = ["BLOCK", "BLOCK_COLUMNS", "PIECE", "Close", "error_of_fp32", "find_above", "obstacle", "product"]
 
-BLOCK, BLOCK_COLUMNS = 1 << 25, 8192
-"""Scores in memory at once (128 MB), and columns of them. Blocks of fewer rows multiply more slowly."""
+BLOCK, BLOCK_COLUMNS = 1 << 24, 8192
+"""Scores in memory at once (64 MB), and columns of them. Blocks of fewer rows multiply more slowly."""
 PIECE = 128
 """Rows of a block that one thread looks at: at most 255, as a byte must hold their number."""
 _NORM_ROWS = 1024

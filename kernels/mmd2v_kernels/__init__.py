@@ -10,16 +10,19 @@ from mmd2v_kernels.cosine_topk import cosine_topk
 from mmd2v_kernels.dispatch import describe
 from mmd2v_kernels.distill_target import distill_loss, distill_target
 from mmd2v_kernels.expert_mlp import Expert, expert_mlp
-from mmd2v_kernels.rank_count import RankCounts, count_ahead, rank_count
+from mmd2v_kernels.rank_count import RankCounts, best_positives, count_ahead, rank_count
+from mmd2v_kernels.rank_sides import Best
 from mmd2v_kernels.routing import Route, leave_out, route
 from mmd2v_kernels.siglip import siglip
 
 __all__ = [
+    "Best",
     "ContrastiveWeights",
     "Expert",
     "RankCounts",
     "Route",
     "add_layer_norm",
+    "best_positives",
     "candidate_logsumexp",
     "contrastive",
     "cosine_topk",

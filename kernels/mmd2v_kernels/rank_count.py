@@ -15,7 +15,7 @@ import torch
 
 from mmd2v_kernels import fp32_products
 from mmd2v_kernels.dispatch import choose
-from mmd2v_kernels.rank_sides import Side
+from mmd2v_kernels.rank_sides import Best, Side
 from mmd2v_kernels.retrieval_order import check_embeddings, check_shapes, exact_pairs, product_error
 
 
@@ -64,13 +64,16 @@ def count_ahead(
     positives_P2: torch.Tensor,
     *,
     rows: tuple[int, int] | None = None,
+    row_best: Best | None = None,
     block_rows: int = 1024,
     block_columns: int = 4096,
 ) -> RankCounts:
     """Return the `RankCounts` that the scores of the query rows ``rows[0] <= row < rows[1]`` contribute.
 
     This is `rank_count` for several processes that hold the same embeddings: each takes a range of rows, and the sum
-    of their counts is that of the whole. Rows without positive count nothing. Memory beyond the inputs: one block of
+    of their counts is that of the whole. Or each holds a part of the bank with the positives in it, and ``row_best`` is
+    the best of all their `best_positives`, counted from the part's first row: the row counts then add up, and the
+    column counts are those of the part. Rows without positive count nothing. Memory beyond the inputs: one block of
     scores and the pairs in it that are too close to call. Raises ValueError as `rank_count` does.
     """
     path = _path(queries_ND, bank_MD)
@@ -98,19 +101,25 @@ def count_ahead(
     if path == "triton":
         from mmd2v_kernels.rank_count_triton import count_sides
 
-        sides = count_sides(queries_ND, bank_MD, pairs_2P, first, last, in_float64)
+        sides = count_sides(queries_ND, bank_MD, pairs_2P, first, last, in_float64, row_best)
     elif path == "segmented":
         from mmd2v_kernels.rank_count_segmented import count_sides
 
-        sides = count_sides(queries_ND, bank_MD, pairs_2P, first, last, in_float64)
+        sides = count_sides(queries_ND, bank_MD, pairs_2P, first, last, in_float64, row_best)
     if sides is None:
         score_P = exact_pairs(queries_ND, bank_MD, pairs_2P[0], pairs_2P[1])
-        sides = (
-            Side.of_best(pairs_2P[0], pairs_2P[1], score_P, len(queries_ND)),
-            Side.of_best(pairs_2P[1], pairs_2P[0], score_P, len(bank_MD)),
-        )
+        sides = Side.both(pairs_2P, score_P, len(queries_ND), len(bank_MD), row_best)
         in_float64(*sides, range(first, last), range(len(bank_MD)))
     return RankCounts(sides[0].counts, sides[1].counts)
+
+
+def best_positives(queries_ND: torch.Tensor, bank_MD: torch.Tensor, positives_P2: torch.Tensor) -> Best:
+    """Return the best positive of each query, by score, then lowest index. Raises ValueError as `rank_count` does."""
+    check_shapes(queries_ND, bank_MD)
+    _check_positives(positives_P2, len(queries_ND), len(bank_MD))
+    pairs_2P = positives_P2.to(queries_ND.device).t().contiguous()
+    side = Side.of_best(*pairs_2P, exact_pairs(queries_ND, bank_MD, pairs_2P[0], pairs_2P[1]), len(queries_ND))
+    return Best(side.threshold, side.best)
 
 
 def _path(queries_ND: torch.Tensor, bank_MD: torch.Tensor) -> str:

@@ -16,7 +16,7 @@ import torch
 from mmd2v_kernels import cpu_scans
 from mmd2v_kernels.exact_pairs_cpu import exact_pairs, in_threads
 from mmd2v_kernels.fp32_products import BLOCK, BLOCK_COLUMNS, PIECE, Close, error_of_fp32, find_above, product
-from mmd2v_kernels.rank_sides import Side
+from mmd2v_kernels.rank_sides import Best, Side
 from mmd2v_kernels.retrieval_order import check_finite
 
 __all__ = ["count_sides"]
@@ -34,6 +34,7 @@ def count_sides(
     first: int,
     last: int,
     in_float64: Callable[[Side, Side, range, range], None],
+    row_best: Best | None = None,
 ) -> tuple[Side, Side] | None:
     """Return both sides with what query rows ``first`` to ``last`` contribute; None: their range is beyond fp32's.
 
@@ -45,8 +46,7 @@ def count_sides(
         check_finite(queries=queries_ND, bank=bank_MD)
         return None
     score_P = exact_pairs(queries_ND, bank_MD, pairs_2P[0], pairs_2P[1])
-    row = Side.of_best(pairs_2P[0], pairs_2P[1], score_P, len(queries_ND))
-    column = Side.of_best(pairs_2P[1], pairs_2P[0], score_P, len(bank_MD))
+    row, column = Side.both(pairs_2P, score_P, len(queries_ND), len(bank_MD), row_best)
     positives = (pairs_2P[0] * len(bank_MD) + pairs_2P[1]).unique().numpy()  # sorted
     widest = min(BLOCK_COLUMNS, len(bank_MD))
     block_rows = max(PIECE, BLOCK // widest // PIECE * PIECE)

@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 
 from mmd2v_kernels.configuration import Configuration
-from mmd2v_kernels.rank_sides import Side
+from mmd2v_kernels.rank_sides import Best, Side
 from mmd2v_kernels.retrieval_order import check_finite
 from mmd2v_kernels.retrieval_triton import error_bound, exact_pairs, operand, operand_dtype, score_tile
 
@@ -122,6 +122,7 @@ def count_sides(
     first: int,
     last: int,
     in_float64: Callable[[Side, Side, range, range], None],
+    row_best: Best | None = None,
 ) -> tuple[Side, Side] | None:
     """Return both sides with what query rows ``first`` to ``last`` contribute; None: their range is beyond fp32's.
 
@@ -134,8 +135,7 @@ def count_sides(
         check_finite(queries=queries_ND, bank=bank_MD)
         return None
     score_P = exact_pairs(queries_ND, bank_MD, pairs_2P[0], pairs_2P[1])
-    row = Side.of_best(pairs_2P[0], pairs_2P[1], score_P, len(queries_ND))
-    column = Side.of_best(pairs_2P[1], pairs_2P[0], score_P, len(bank_MD))
+    row, column = Side.both(pairs_2P, score_P, len(queries_ND), len(bank_MD), row_best)
     positives = (pairs_2P[0] * len(bank_MD) + pairs_2P[1]).unique()  # sorted
     scale, error_N = queries.scale * bank.scale, error_bound(queries, bank)
     device, columns, depth, capacity = queries_ND.device, len(bank_MD), queries_ND.shape[1], SIZES.listed

@@ -6,8 +6,18 @@ Shapes: n items of this side, P positive pairs.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
+
+
+class Best(NamedTuple):
+    """The best positive of each item."""
+
+    score: torch.Tensor
+    """float64 [n], exact; +inf for an item without."""
+    index: torch.Tensor
+    """int64 [n], index on the other side; the largest of its type for an item without."""
 
 
 @dataclass
@@ -31,6 +41,19 @@ class Side:
         best.scatter_reduce_(0, items_P[is_best], others_P[is_best], "amin")
         threshold[threshold == -torch.inf] = torch.inf
         return cls(threshold, best, torch.zeros(3, n, dtype=torch.int64, device=score_P.device))
+
+    @classmethod
+    def both(
+        cls, pairs_2P: torch.Tensor, score_P: torch.Tensor, rows: int, columns: int, row_best: Best | None
+    ) -> tuple[Side, Side]:
+        """Return the sides of rows and columns; ``row_best`` replaces what the pairs here say of the rows."""
+        row, column = (
+            cls.of_best(pairs_2P[0], pairs_2P[1], score_P, rows),
+            cls.of_best(pairs_2P[1], pairs_2P[0], score_P, columns),
+        )
+        if row_best is not None:
+            row = cls(*row_best, row.counts)
+        return row, column
 
     def count(
         self, scores_nm: torch.Tensor, threshold: torch.Tensor, error: float, dim: int, offset: int

@@ -10,7 +10,7 @@ from dataclasses import replace
 import torch
 import torch.nn.functional as F
 
-from mmd2v_kernels import cosine_topk, count_ahead
+from mmd2v_kernels import Best, best_positives, cosine_topk, count_ahead
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = torch.device("cpu" if INTERPRETED else "cuda")
@@ -161,6 +161,22 @@ def check_ranges(dtype: torch.dtype) -> None:
         assert torch.equal(parts[0][side] + parts[1][side], whole[side])
 
 
+def check_parts(dtype: torch.dtype) -> None:
+    """What two parts of a bank contribute, against the best positives of both, is the whole."""
+    queries, bank, positives = (tensor.to(DEVICE) for tensor in embeddings(50, 60, 24, dtype))
+    with path("triton"), sizes():
+        whole = count_ahead(queries, bank, positives)
+        both, rows, columns = best_positives(queries, bank, positives), 0, []
+        for first, last in ((0, 23), (23, 60)):
+            own = positives[(positives[:, 1] >= first) & (positives[:, 1] < last)]
+            own = own - torch.tensor([0, first], device=DEVICE)
+            best = Best(both.score, both.index - first)
+            part = count_ahead(queries, bank[first:last], own, row_best=best)
+            rows = rows + part.row
+            columns.append(part.column)
+    assert torch.equal(rows, whole.row) and torch.equal(torch.cat(columns, 1), whole.column)
+
+
 def check_mixed(dtype: torch.dtype) -> None:
     """Queries of one dtype, a bank of another."""
     queries, bank, positives = embeddings(20, 40, 24, torch.float32)
@@ -198,6 +214,7 @@ def all_checks(interpreted: bool) -> dict[str, Check]:
         "rank_count/list_runs_over": check_counts(70, 45, 24, listed=8),
         "rank_count/no_positives": check_no_positives,
         "rank_count/ranges": check_ranges,
+        "rank_count/parts": check_parts,
         "cosine_topk/small": check_nearest(70, 145, 33, 5),
         "cosine_topk/filtered": check_nearest(20, 245, 32, 3, filtered=True),
         "cosine_topk/whole_bank": check_nearest(5, 9, 24, 9),

@@ -92,8 +92,8 @@ def test_too_many_close_pairs_are_counted_in_float64(monkeypatch):
     count = rank_count_segmented.count_sides
 
     def watched(*arguments):
-        in_float64 = arguments[-1]
-        return count(*arguments[:-1], lambda *block: (asked.append(block), in_float64(*block)))
+        *before, in_float64, row_best = arguments
+        return count(*before, lambda *block: (asked.append(block), in_float64(*block)), row_best)
 
     monkeypatch.setattr(rank_count_segmented, "count_sides", watched)
     rows = torch.full((60, 16), 0.25)

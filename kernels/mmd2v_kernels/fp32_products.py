@@ -9,15 +9,15 @@ Shapes: N queries, M bank rows, D width; n and m a block of them, r rows of a pi
 
 from __future__ import annotations
 
+import importlib.util
 import math
 from collections.abc import Callable
 from functools import cache
 from time import perf_counter
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from threadpoolctl import ThreadpoolController
 
 __all__ = ["BLOCK", "BLOCK_COLUMNS", "PIECE", "Close", "error_of_fp32", "find_above", "obstacle", "product"]
 
@@ -95,14 +95,16 @@ def _numpy_product(queries_nD: torch.Tensor, bank_mD: torch.Tensor, out_nm: torc
 
 
 @cache
-def _thread_pools() -> ThreadpoolController:
+def _thread_pools() -> Any:
+    """Return what holds numpy's library to torch's number of threads; without threadpoolctl it is not asked."""
+    from threadpoolctl import ThreadpoolController  # here: a machine for the kernels alone need not have it
+
     return ThreadpoolController()
 
 
-_LIBRARIES: dict[str, Callable[[torch.Tensor, torch.Tensor, torch.Tensor], None]] = {
-    "torch": _torch_product,
-    "numpy": _numpy_product,
-}
+_LIBRARIES: dict[str, Callable[[torch.Tensor, torch.Tensor, torch.Tensor], None]] = {"torch": _torch_product}
+if importlib.util.find_spec("threadpoolctl") is not None:
+    _LIBRARIES["numpy"] = _numpy_product
 _TELLING = 1 << 30  # multiplications, some hundredths of a second, whose time is noted
 _TRIALS = 2  # of each library, the first of which may meet memory that is new
 _pace: dict[tuple[str, int], list[float]] = {}

@@ -63,7 +63,10 @@ def test_xformers_on_cuda_equals_sdpa(dtype):
     layout = Layout.build(lengths, torch.device("cuda"))
     q, k, v = (x.cuda() for x in random_qkv(layout.total, heads=12, width=64, dtype=torch.float32))
     expected = attend_sdpa(q, k, v, layout)
+    attention._without_kernel.clear()
     found = attend(q.to(dtype), k.to(dtype), v.to(dtype), layout)
+    if attention._without_kernel:
+        pytest.skip("xformers is installed, but its extension does not load with this torch")
     torch.testing.assert_close(found.float(), expected, rtol=0, atol=2e-2 if dtype == torch.bfloat16 else 5e-3)
 
 

@@ -18,6 +18,7 @@ from mmd2v.train.loop import train
 from mmd2v.train.metrics import read_metrics
 from mmd2v.train.pipeline import dry_run_pipeline, run_pipeline
 
+
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     return make_data(tmp_path_factory.mktemp("data"))

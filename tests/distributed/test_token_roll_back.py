@@ -55,7 +55,7 @@ def _part(config, resume: str | None = None, *, jump: bool = False, stop: bool =
 
             def forward_with_trouble(*inputs):
                 losses = forward(*inputs)
-                if jump and run.step + 1 == JUMP and not run.roll_backs.told:
+                if jump and run.step + 1 == JUMP and not run.trouble.roll_backs.told:
                     losses = {name: term * 100.0 for name, term in losses.items()}
                 if stop and run.step + 1 == STOP and rank() == 1:
                     os.kill(os.getpid(), signal.SIGUSR1)

@@ -13,8 +13,8 @@ from training_runs import make_data, write_config
 
 from mmd2v.models.layer_drop import dropped_layers
 from mmd2v.train.checkpoints.folders import complete_checkpoints
-from mmd2v.train.loop import position_seed
 from mmd2v.train.metrics import read_metrics
+from mmd2v.train.seeds import position_seed
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "distributed"))
 from harness import run_distributed_test
@@ -74,7 +74,7 @@ def _alone(folder: Path, data: Path) -> dict:
     """An uninterrupted run, and one that is stopped again and again, in one process; what is seen of them."""
     from mmd2v.config.load import load_config
     from mmd2v.distributed.preemption import STOP_SIGNALS, Preempted
-    from mmd2v.train import loop
+    from mmd2v.train import loop, outlook
     from mmd2v.train.checkpoints.saving import Checkpointer
 
     seen: dict = {"left": []}
@@ -107,7 +107,7 @@ def _alone(folder: Path, data: Path) -> dict:
     whole, stopped = (load_config(_write(folder / f"{name}.yaml", data)) for name in ("whole", "stopped"))
     train(whole)
     run_dir = Path(stopped.run_dir)
-    train(stopped, during(loop, "train_facts", signal.SIGTERM))  # while the run is built
+    train(stopped, during(outlook, "train_facts", signal.SIGTERM))  # while the run is built
     train(stopped, during(loop.Run, "_loader", signal.SIGUSR1))  # before its first step
     seen["before a step"] = (run_dir / "checkpoints").exists()
     train(

@@ -42,6 +42,7 @@ def end_process(message: str, *, tell: bool = True) -> NoReturn:
     for farewell in farewells:
         with contextlib.suppress(Exception):
             farewell(message)
+    _silence()  # the training thread may wake up at the death of its loader, and would have the last word
     kill_loader_processes()
     os._exit(LOST_STATUS)
 
@@ -50,6 +51,11 @@ def _flush() -> None:
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(Exception):
             stream.flush()
+
+
+def _silence() -> None:
+    with contextlib.suppress(OSError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
 
 
 def kill_loader_processes() -> None:

@@ -23,6 +23,7 @@ from mmd2v.models.student import build_student
 from mmd2v.train import loop
 from mmd2v.train.consolidate import consolidate
 from mmd2v.train.metrics import read_metrics
+from mmd2v.train.seeds import position_seed
 
 STEPS = 6
 STAGES = (0, 2, 3)
@@ -148,7 +149,7 @@ def test_every_loss_is_a_number_and_that_of_zero_0(runs, stage):
         terms = {key: value for key, value in record.items() if key.startswith("loss")}
         assert {key.removeprefix("loss/") for key in terms} == {"loss", *LOSSES}
         assert terms == pytest.approx({key: reference[key] for key in terms}, abs=1e-5)
-    drawn = {dropped_layers(loop.position_seed(SEED, step), LAYER_DROP) for step in range(STEPS)}
+    drawn = {dropped_layers(position_seed(SEED, step), LAYER_DROP) for step in range(STEPS)}
     assert len(drawn) > 2  # steps differ in what they skip
     # Rank 0 has no text in every third micro-batch alone, and two of them make a step.
     assert all(record[f"loss/{name}"] > 0 for record in found for name in LOSSES)

@@ -30,8 +30,14 @@ pytestmark = pytest.mark.timeout(1500)  # three starts of processes; a minute wh
 STEPS, FIRST, SECOND = 6, 2, 4
 """Two ranks write the first checkpoint, one rank goes on from it and writes the second, two go on from that."""
 
-# Frozen parameters, several optimiser groups, one of which (two temperatures) leaves some ranks nothing, a bank.
+# Frozen parameters, several optimiser groups, one of which (two temperatures) leaves some ranks nothing, a bank, a
+# layer that steps 3 and 4 drop (it must have a gradient before the first checkpoint).
 CONTRASTIVE: dict[str, Any] = {
+    "model__layers": [
+        {"kind": "separate", "layer_drop": 0.5},
+        {"kind": "mome", "layer_scale": 0.5},
+        {"kind": "shared"},
+    ],
     "model__freeze": ["encoders.text.*"],
     "objectives": [{"kind": "contrastive"}, {"kind": "contrastive_target", "teacher": "resnet", "bank_size": 20}],
     "optimizer__groups": [{"match": "*log_scale*", "lr_multiplier": 0.5}],

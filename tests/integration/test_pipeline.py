@@ -4,6 +4,7 @@ import shutil
 
 import pytest
 import torch
+from pipeline_runs import write_pipeline
 from safetensors.torch import load_file
 from training_runs import make_data, run_config
 
@@ -17,30 +18,6 @@ from mmd2v.train.loop import train
 from mmd2v.train.metrics import read_metrics
 from mmd2v.train.pipeline import dry_run_pipeline, run_pipeline
 
-RUN = """
-name: {name}
-run_dir: unused
-steps: 2
-data:
-  train: {{shards: {shards}}}
-  image: {{size: 32, crop_scale: [1.0, 1.0]}}
-  workers: 0
-  {tokenizer}
-model:
-  width: 16
-  heads: 2
-  encoders: {{{encoders}}}
-  layers: [{layers}]
-  final_norm: false
-  projection: {{kind: none}}
-{teachers}
-objectives: [{objectives}]
-engine: {{device: cpu, batch_size: 4, precision: fp32, zero_stage: 0}}
-logging: {{tensorboard: false}}
-"""
-
-PATCH = "image: {kind: patch, patch_size: 8, frozen: true}"
-
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
@@ -49,42 +26,7 @@ def data(tmp_path_factory):
 
 @pytest.fixture
 def pipeline(data, tmp_path):
-    """A teacher is trained, half of it is distilled, and the result teaches text."""
-    shards = data / "train"
-    tokenizer = f"tokenizer: {{path: {data / 'tokenizer.json'}, max_length: 24}}"
-    teacher = RUN.format(
-        name="teacher",
-        shards=shards,
-        tokenizer="labels: attributes",
-        encoders=PATCH,
-        layers="{kind: separate, count: 2, norm: post}",
-        teachers="",
-        objectives="{kind: attributes, classes: 450, prior: 0.02}",
-    )
-    half = RUN.format(
-        name="half",
-        shards=shards,
-        tokenizer="",
-        encoders=PATCH.replace("}", ', init: "mmd2v:${STAGE_TEACHER}"}'),
-        layers='{kind: separate, norm: post, init: {image: {source: "mmd2v:${STAGE_TEACHER}"}}}',
-        teachers='teachers: {whole: {name: "mmd2v:${STAGE_TEACHER}", shared_encoder: image}}',
-        objectives="{kind: layer_results, teacher: whole, modality: image}",
-    )
-    both = RUN.format(
-        name="both",
-        shards=shards,
-        tokenizer=tokenizer,
-        encoders=PATCH.replace("}", ', init: "mmd2v:${STAGE_HALF}"}') + ", text: {kind: tokens}",
-        layers='{kind: separate, norm: post, init: {image: {source: "mmd2v:${STAGE_HALF}"}}}, {kind: shared}',
-        teachers='teachers: {image: {name: "mmd2v:${STAGE_TEACHER}"}}',
-        objectives="{kind: cls_regression, teacher: image, head: none}, {kind: contrastive}",
-    )
-    for name, text in {"teacher": teacher, "half": half, "both": both}.items():
-        (tmp_path / f"{name}.yaml").write_text(text)
-    file = tmp_path / "pipeline.yaml"
-    stages = "\n".join(f"  {name}: {{config: {name}.yaml}}" for name in ("teacher", "half", "both"))
-    file.write_text(f"run_dir: {tmp_path / 'runs'}\nstages:\n{stages}\n")
-    return file
+    return write_pipeline(tmp_path, data)
 
 
 def test_stages_follow_one_another_and_are_not_repeated(pipeline, capsys):

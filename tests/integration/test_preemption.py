@@ -11,14 +11,21 @@ from pathlib import Path
 import pytest
 from training_runs import make_data, write_config
 
+from mmd2v.models.layer_drop import dropped_layers
+from mmd2v.train.checkpoints.folders import complete_checkpoints
 from mmd2v.train.metrics import read_metrics
+from mmd2v.train.seeds import position_seed
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "distributed"))
 from harness import run_distributed_test
 
 STEPS = 12
-# Dropout and drop path: the resumed run must also draw the random numbers of the uninterrupted one.
-NOISY = [{"kind": "separate", "drop_path": 0.2}, {"kind": "shared", "dropout": 0.2}]
+# Dropout, drop path and layer drop: the resumed run must also draw the random numbers of the uninterrupted one.
+LAYER_DROP = (0.5, 0.5)
+NOISY = [
+    {"kind": "separate", "drop_path": 0.2, "layer_drop": LAYER_DROP[0]},
+    {"kind": "shared", "dropout": 0.2, "layer_drop": LAYER_DROP[1]},
+]
 ASKS = "exit status 75 asks the scheduler to queue the run again; continue with --resume auto"
 
 
@@ -31,6 +38,13 @@ def _exact(run_dir: Path) -> list[dict[str, float]]:
 
 def _samples(trace: Path) -> list[list[str]]:
     return [json.loads(line)["ids"] for line in trace.read_text().splitlines()]
+
+
+def _last_weights(run_dir: Path) -> dict[str, bytes]:
+    from mmd2v.train.consolidate import consolidate
+
+    _, newest = complete_checkpoints(run_dir / "checkpoints")[-1]
+    return {name: value.detach().contiguous().numpy().tobytes() for name, value in consolidate(newest).items()}
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +74,7 @@ def _alone(folder: Path, data: Path) -> dict:
     """An uninterrupted run, and one that is stopped again and again, in one process; what is seen of them."""
     from mmd2v.config.load import load_config
     from mmd2v.distributed.preemption import STOP_SIGNALS, Preempted
-    from mmd2v.train import loop
+    from mmd2v.train import loop, outlook
     from mmd2v.train.checkpoints.saving import Checkpointer
 
     seen: dict = {"left": []}
@@ -93,7 +107,7 @@ def _alone(folder: Path, data: Path) -> dict:
     whole, stopped = (load_config(_write(folder / f"{name}.yaml", data)) for name in ("whole", "stopped"))
     train(whole)
     run_dir = Path(stopped.run_dir)
-    train(stopped, during(loop, "train_facts", signal.SIGTERM))  # while the run is built
+    train(stopped, during(outlook, "train_facts", signal.SIGTERM))  # while the run is built
     train(stopped, during(loop.Run, "_loader", signal.SIGUSR1))  # before its first step
     seen["before a step"] = (run_dir / "checkpoints").exists()
     train(
@@ -108,6 +122,13 @@ def _alone(folder: Path, data: Path) -> dict:
     train(stopped)
     train(stopped)  # finished already
     seen["exact"] = _exact(Path(whole.run_dir)), _exact(run_dir)
+    waiting = load_config(_write(folder / "waiting.yaml", data, checkpoint__asynchronous=False))
+    for step in (2, 4):  # in mid-interval, and where a second stop finds no newer checkpoint than its own
+        train(waiting, during(loop.Run, "_train_step", signal.SIGUSR1, lambda run, step=step: run.step == step))
+    seen["after the stops of one that waits"] = sorted(p.name for p in Path(waiting.run_dir, "checkpoints").iterdir())
+    train(waiting)
+    seen["waiting"] = _exact(Path(waiting.run_dir))
+    seen["last weights"] = [_last_weights(Path(config.run_dir)) for config in (whole, stopped, waiting)]
     clocked = load_config(_write(folder / "clocked.yaml", data, checkpoint__minutes=1e-6, checkpoint__keep=50))
     train(clocked)
     seen["clocked"] = (
@@ -125,8 +146,8 @@ def alone(data, tmp_path_factory) -> dict:
 
 
 def test_run_that_is_stopped_says_what_it_saved_and_how_to_go_on(alone):
-    whole, building, before, first, evaluating, at_the_end, *rest = alone["left"]
-    assert [whole, *rest] == ["finished"] * 4
+    whole, building, before, first, evaluating, at_the_end, *rest = alone["left"][:8]
+    assert [whole, *rest] == ["finished"] * 3
     assert building == f"SIGTERM: stopped before it began, with nothing to save; {ASKS}"
     assert before == f"SIGUSR1: stopped after step 0, with nothing new to save; {ASKS}"
     assert not alone["before a step"]
@@ -143,6 +164,27 @@ def test_run_that_was_stopped_has_every_record_and_sample_of_one_that_was_not(al
     assert {r["step"] for r in whole} == {0, 3, 5, 6, 8, 9, 10, 12}
     whole, stopped = alone["samples"]
     assert stopped == whole and len(whole) == 2 * STEPS
+
+
+def test_run_that_waits_for_its_checkpoints_is_that_which_does_not(alone):
+    *stops, finished, _ = alone["left"][8:]
+    assert [stop.partition(" in ")[0] for stop in stops] == ["SIGUSR1: saved step 4", "SIGUSR1: saved step 6"]
+    assert all(stop.endswith(f"; {ASKS}") for stop in stops) and finished == "finished"
+    assert alone["after the stops of one that waits"] == ["step-000004", "step-000006"]
+    assert alone["waiting"] == alone["exact"][0]
+
+
+def test_last_checkpoint_has_the_same_weights_whatever_came_before(alone):
+    whole, *others = alone["last weights"]
+    assert len(whole) > 10 and all(other == whole for other in others)
+
+
+def test_steps_before_and_after_a_stop_drop_other_layers():
+    """What the comparisons above would not notice otherwise: layer drop that begins anew, or stops."""
+    drawn = [dropped_layers(position_seed(3, step), LAYER_DROP) for step in range(STEPS)]
+    parts = [drawn[start:stop] for start, stop in ((0, 4), (4, 7), (7, 12))]
+    assert all(len(set(part)) > 1 for part in parts)
+    assert all(part != drawn[: len(part)] for part in parts[1:])
 
 
 def test_checkpoints_by_the_clock_cut_no_interval(alone):

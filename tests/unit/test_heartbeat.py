@@ -16,8 +16,9 @@ from mmd2v.config.data import DataConfig
 from mmd2v.config.section import LONGEST_WAIT
 from mmd2v.config.training import EngineConfig
 from mmd2v.distributed.environment import COLLECTIVE_TIMEOUT, World
-from mmd2v.distributed.heartbeat import Pulse, _is_torn
+from mmd2v.distributed.heartbeat import Pulse
 from mmd2v.distributed.heartline import Line, Message, decode, encode, is_greeting
+from mmd2v.distributed.leaving import is_torn
 from mmd2v.distributed.processes import LOST_STATUS
 from mmd2v.distributed.verdict import ERROR_GRACE, LOST_GRACE, Left, RankState, judge, standstill
 
@@ -175,9 +176,9 @@ def test_a_peer_that_does_not_read_costs_no_memory_and_no_time():
 
 
 def test_errors_of_collectives_are_told_from_others():
-    assert _is_torn(RuntimeError("[gloo/transport/tcp/pair.cc:534] Connection closed by peer [127.0.0.1]:4"))
-    assert not _is_torn(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
-    assert not _is_torn(ValueError("nccl"))
+    assert is_torn(RuntimeError("[gloo/transport/tcp/pair.cc:534] Connection closed by peer [127.0.0.1]:4"))
+    assert not is_torn(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
+    assert not is_torn(ValueError("nccl"))
 
 
 def test_alone_there_is_nobody_to_hear():

@@ -10,7 +10,7 @@ from small import StubTokenizer, random_batch, small_config
 from mmd2v.models.layer_drop import dropped_layers
 from mmd2v.models.student import build_student
 from mmd2v.models.student_output import Wanted
-from mmd2v.train.loop import position_seed
+from mmd2v.train.seeds import position_seed
 
 STEPS = 4000
 

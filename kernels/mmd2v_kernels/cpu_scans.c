@@ -177,12 +177,13 @@ int64_t find_best(const float *scores, int64_t rows, int64_t columns, int64_t k,
         const float *own = scores + i * columns;
         float *best_i = best + i * k;
         block_maxima(own, columns, maxima);
-        /* k blocks hold a score that high each: a first bound on the k-th best. */
+        /* A first bound on the k-th best: k blocks hold a score that high each, or with few blocks k scores are. */
         for (int64_t j = 0; j < k; j++)
             highest[j] = -INFINITY;
-        for (int64_t b = 0; b < blocks; b++)
-            if (maxima[b] > highest[k - 1])
-                insert(highest, k, maxima[b]);
+        const float *seen = blocks >= 4 * k ? maxima : own;
+        for (int64_t j = 0; j < (blocks >= 4 * k ? blocks : columns); j++)
+            if (seen[j] > highest[k - 1])
+                insert(highest, k, seen[j]);
         float kth = highest[k - 1] > best_i[k - 1] ? highest[k - 1] : best_i[k - 1], floor = floor_of(kth, error[i]);
         for (int64_t b = 0; b < blocks; b++) {
             int64_t first = b * BLOCK, last = first + BLOCK < columns ? first + BLOCK : columns;

@@ -1,6 +1,7 @@
 """The CPU paths of rank_count and cosine_topk in many small blocks, where they give up, and what their passes find."""
 
 import math
+import sys
 
 import numpy as np
 import pytest
@@ -71,6 +72,19 @@ def test_nearest_in_blocks_are_those_of_float64(n, m, k, filtered, dtype, monkey
     )
     assert torch.equal(found[1], exact[1]) and torch.equal(found[0], exact[0])
     assert allowed is None or bool(allowed[found[1]].all())
+
+
+@pytest.mark.parametrize("k", [1, 10, 100, 300])
+def test_no_size_of_a_bank_leaves_the_fast_path(k, monkeypatch):
+    """Random rows have few candidates beyond the k best, however many or few blocks of scores there are."""
+    for name in ("BLOCK", "BLOCK_COLUMNS", "PIECE"):  # of the usual size
+        monkeypatch.setattr(cosine_topk_segmented, name, getattr(fp32_products, name))
+    monkeypatch.setattr(sys.modules["mmd2v_kernels.cosine_topk"], "_float64_topk", None)
+    torch.manual_seed(0)
+    for m in (k, k + 1, 400, 3000):
+        queries, bank = (F.normalize(torch.randn(rows, 32), dim=1) for rows in (150, max(m, k)))
+        _, index = cosine_topk(queries, bank, k)
+        assert torch.equal(index[:20], (queries[:20].double() @ bank.double().T).topk(k).indices)
 
 
 def test_a_filter_is_a_smaller_bank(monkeypatch):

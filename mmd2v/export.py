@@ -89,7 +89,9 @@ def _best_checkpoint(run: Path) -> Path:
     """Return the best checkpoint by what the run has recorded: unlike ``best.json`` that is whole after any kill."""
     settings = load_config(run / CONFIG_FILE).checkpoint.best if (run / CONFIG_FILE).is_file() else None
     if settings is None:
-        raise UserError(f"--checkpoint: {run} kept no best checkpoint; checkpoint.best.metric of a run names its number")
+        raise UserError(
+            f"--checkpoint: {run} kept no best checkpoint; checkpoint.best.metric names the number it is by"
+        )
     best = find_best(settings, run)
     if best is None:
         raise UserError(f"--checkpoint: {run} has no checkpoint at a step that measured {settings.metric}")

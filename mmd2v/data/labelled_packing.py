@@ -12,13 +12,10 @@ from typing import NamedTuple
 
 import torch
 
-from mmd2v.data.labelled_images import LabelledImages, open_labelled
+from mmd2v.data.labelled_images import LABEL, LabelledImages, open_labelled
 from mmd2v.data.packing import PackReport, Sample, encode, write_shards
 from mmd2v.data.transforms import decode_image
 from mmd2v.errors import UserError, nearest
-
-LABEL = "label"
-"""Key in a sample's JSON: what ``data.labels`` names."""
 
 SEPARATOR = "[SEP]"
 _JPEG_START = b"\xff\xd8"

@@ -73,7 +73,9 @@ def pack_sentences(
         Sample(f"{number:08}", None, {"captions": [f" {separator} ".join(sentences)], LABEL: names.index(name)})
         for number, (*sentences, name) in enumerate(rows)
     )
-    return Labelled(write_shards(samples, out, total=len(rows), shard_size=shard_size, what="packing"), names)
+    unit = "sentences" if len(text) == 1 else "pairs"
+    report = write_shards(samples, out, total=len(rows), shard_size=shard_size, what="packing", unit=unit)
+    return Labelled(report, names)
 
 
 def _image_samples(images: LabelledImages, names: Sequence[str]) -> Iterator[Sample]:

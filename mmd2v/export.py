@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from safetensors.torch import save_file
 
@@ -24,26 +24,31 @@ from mmd2v.models.student import Student, build_student
 from mmd2v.models.timm_backbone import load_exactly
 from mmd2v.report.model_card import Training, model_card
 from mmd2v.train.averages import read_averages
+from mmd2v.train.best import find_best
 from mmd2v.train.checkpoints.folders import complete_checkpoints
 from mmd2v.train.checkpoints.manifest import MANIFEST, read_manifest
 from mmd2v.train.consolidate import consolidate
 from mmd2v.train.metrics import METRICS_FILE, read_metrics
+
+Which = Literal["newest", "best"]
+"""Which checkpoint of a run: the newest, or the best by its `checkpoint.best`."""
 
 _STUDENT = "student."
 _TOKENIZER_FOLDER = "tokenizer"
 _ENCODERS_FOLDER = "encoders"
 
 
-def export(source: str | Path, out: str | Path, average: bool = False) -> Path:
-    """Write the export of a run (its newest checkpoint) or of one checkpoint folder to ``out``; return ``out``.
+def export(source: str | Path, out: str | Path, average: bool = False, which: Which = "newest") -> Path:
+    """Write the export of a run or of one checkpoint folder to ``out``; return ``out``.
 
-    ``average`` takes what the run's `ema:MODALITY` teachers hold in place of the student's own weights. Raises
-    UserError when ``source`` is neither, its weights do not fit its config, or ``out`` exists.
+    ``average`` takes what the run's `ema:MODALITY` teachers hold in place of the student's own weights; ``which`` is
+    the checkpoint of a run. Raises UserError when ``source`` is neither, the run has no such checkpoint, its weights
+    do not fit its config, or ``out`` exists.
     """
     source, out = Path(source), Path(out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"--out: {out} exists; name a new folder or remove it")
-    checkpoint = newest_checkpoint(source)
+    checkpoint = checkpoint_of(source, which)
     run = checkpoint.resolve().parent.parent
     if not (run / CONFIG_FILE).is_file():
         raise UserError(f"{checkpoint}: found no {run / CONFIG_FILE}; a checkpoint is exported from inside its run")
@@ -59,22 +64,38 @@ def export(source: str | Path, out: str | Path, average: bool = False) -> Path:
     return out
 
 
-def newest_checkpoint(source: Path) -> Path:
-    """Return the checkpoint folder that ``source`` is, or the newest complete one of the run it is.
+def checkpoint_of(source: Path, which: Which = "newest") -> Path:
+    """Return the checkpoint folder that ``source`` is, or the newest or best complete one of the run it is.
 
-    Raises UserError when it is neither.
+    Raises UserError when it is neither, when a single checkpoint is asked for its best, and for a run that has
+    measured none as the best.
     """
     if not source.is_dir():
         siblings = [entry.name for entry in source.parent.iterdir()] if source.parent.is_dir() else []
         raise UserError(f"{source}: no such folder, expected a run or a checkpoint.{nearest(source.name, siblings)}")
     if (source / MANIFEST).is_file():
+        if which == "best":
+            raise UserError(f"--checkpoint: {source} is a checkpoint itself; name its run to take the best of it")
         return source
     if (source / WEIGHTS_FILE).is_file():
         raise UserError(f"{source}: this is an export already, expected a run or a checkpoint")
     found = complete_checkpoints(source / "checkpoints")
     if not found:
         raise UserError(f"{source}: expected a run or a checkpoint, found no complete checkpoint in it")
-    return found[-1][1]
+    return _best_checkpoint(source) if which == "best" else found[-1][1]
+
+
+def _best_checkpoint(run: Path) -> Path:
+    """Return the best checkpoint by what the run has recorded: unlike ``best.json`` that is whole after any kill."""
+    settings = load_config(run / CONFIG_FILE).checkpoint.best if (run / CONFIG_FILE).is_file() else None
+    if settings is None:
+        raise UserError(
+            f"--checkpoint: {run} kept no best checkpoint; checkpoint.best.metric names the number it is by"
+        )
+    best = find_best(settings, run)
+    if best is None:
+        raise UserError(f"--checkpoint: {run} has no checkpoint at a step that measured {settings.metric}")
+    return dict(complete_checkpoints(run / "checkpoints"))[best.step]
 
 
 def training_record(run: Path, checkpoint: Path) -> Training:

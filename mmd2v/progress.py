@@ -56,6 +56,7 @@ class Progress:
         self._before = done
         self._stream = stream if stream is not None else sys.stderr
         self._every = every
+        self._written: int | None = None
         self._bar: Any = None
         self._task: Any = None
 
@@ -78,7 +79,7 @@ class Progress:
         if self._bar is not None:
             self._bar.update(self._task, completed=self.done, status=self.status())
             self._bar.stop()
-        elif kind is None:
+        elif kind is None and self._written != self.done:  # the last line may have told all
             self._write_line()
 
     def advance(self, count: int = 1) -> None:
@@ -104,7 +105,7 @@ class Progress:
         return " · ".join(parts)
 
     def _write_line(self) -> None:
-        self._last = time.monotonic()
+        self._last, self._written = time.monotonic(), self.done
         print(f"{self.what}: {self.status()}", file=self._stream, flush=True)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Protocol
@@ -17,10 +18,13 @@ from mmd2v.data.shards import IMAGE_SUFFIXES
 from mmd2v.data.tar_members import streamed_members
 from mmd2v.errors import UserError
 
+LABEL = "label"
+"""Key in a sample's JSON that holds the number of its class."""
+
 FORMS = (
     "a folder of class folders of images, or a .tar, .tar.gz or .zip of one; of an archive with several sets, one of "
     "them: cifar10.tar.gz/cifar10/train; CIFAR's binary files ('data_batch_*.bin', not the pickles for Python); or "
-    "shards whose samples have a .cls member"
+    "shards whose samples have a .cls member, or those that `mmd2v data labelled` wrote"
 )
 _PIXELS = 3 * 32 * 32  # bytes of an image of CIFAR
 _RECORDS = {1 + _PIXELS: 0, 2 + _PIXELS: 1}  # bytes of CIFAR-10's and CIFAR-100's: place of the (fine) label
@@ -120,7 +124,8 @@ def _class_names(folder: Path) -> list[str]:
 
 
 class LabelledShards:
-    """Local WebDataset shards in which a sample has an image and a class, the text of its ``.cls`` member."""
+    """Local WebDataset shards in which a sample has an image and a class: the text of its ``.cls`` member, else the
+    number in its JSON."""
 
     def __init__(self, spec: str, flag: str = "data") -> None:
         """Read all classes. Raises UserError for shards that are missing, remote or damaged, or samples without one."""
@@ -169,6 +174,8 @@ class LabelledShards:
                 key, label, image = found, None, None
             if suffix == "cls":
                 label = content.read().decode("utf-8", "replace").strip()
+            elif suffix == "json":
+                label = label or _packed_label(content.read())
             elif suffix in IMAGE_SUFFIXES:
                 image = content.read() if read else b""
         if key:
@@ -176,9 +183,19 @@ class LabelledShards:
 
     def _sample(self, path: str, key: str, label: str | None, image: bytes | None) -> tuple[str, str, bytes]:
         if not label or image is None:
-            what = "no image" if image is None else "no .cls member with a class"
+            what = "no image" if image is None else "no class: no .cls member, and no number of one in its JSON"
             raise UserError(f"{self._flag}: {path}: sample {key} has {what}")
         return f"{path}: sample {key}", label, image
+
+
+def _packed_label(meta: bytes) -> str | None:
+    """Return the class that `mmd2v data labelled` wrote: its number, as an underscore in its name is lost there."""
+    try:
+        found = json.loads(meta)
+    except ValueError:
+        return None
+    label = found.get(LABEL) if isinstance(found, dict) else None
+    return str(label) if isinstance(label, int) and not isinstance(label, bool) else None
 
 
 def _key_and_suffix(member: str) -> tuple[str, str]:
@@ -192,10 +209,10 @@ def _has_labels(path: Path) -> bool:
     keys: set[str] = set()
     try:
         with open(path, "rb") as stream:
-            for member, _ in streamed_members(stream, str(path)):
+            for member, content in streamed_members(stream, str(path)):
                 key, suffix = _key_and_suffix(member)
                 keys.add(key)
-                if suffix == "cls":
+                if suffix == "cls" or (suffix == "json" and _packed_label(content.read()) is not None):
                     return True
                 if len(keys) > 2:
                     return False

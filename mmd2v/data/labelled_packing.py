@@ -12,13 +12,10 @@ from typing import NamedTuple
 
 import torch
 
-from mmd2v.data.labelled_images import LabelledImages, open_labelled
+from mmd2v.data.labelled_images import LABEL, LabelledImages, open_labelled
 from mmd2v.data.packing import PackReport, Sample, encode, write_shards
 from mmd2v.data.transforms import decode_image
 from mmd2v.errors import UserError, nearest
-
-LABEL = "label"
-"""Key in a sample's JSON: what ``data.labels`` names."""
 
 SEPARATOR = "[SEP]"
 _JPEG_START = b"\xff\xd8"
@@ -76,7 +73,9 @@ def pack_sentences(
         Sample(f"{number:08}", None, {"captions": [f" {separator} ".join(sentences)], LABEL: names.index(name)})
         for number, (*sentences, name) in enumerate(rows)
     )
-    return Labelled(write_shards(samples, out, total=len(rows), shard_size=shard_size, what="packing"), names)
+    unit = "sentences" if len(text) == 1 else "pairs"
+    report = write_shards(samples, out, total=len(rows), shard_size=shard_size, what="packing", unit=unit)
+    return Labelled(report, names)
 
 
 def _image_samples(images: LabelledImages, names: Sequence[str]) -> Iterator[Sample]:

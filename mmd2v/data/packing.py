@@ -272,8 +272,10 @@ def _report(written: dict[str, ManifestEntry], state: PackState, unit: str) -> P
     )
 
 
-def write_shards(samples: Iterable[Sample], out: str | Path, *, total: int, shard_size: int, what: str) -> PackReport:
-    """Write samples into a new folder of shards, atomically, with progress.
+def write_shards(
+    samples: Iterable[Sample], out: str | Path, *, total: int, shard_size: int, what: str, unit: str = "images"
+) -> PackReport:
+    """Write samples into a new folder of shards, atomically, with progress in ``unit``.
 
     Raises:
         UserError: the folder exists with something in it, or the disk refuses.
@@ -283,7 +285,7 @@ def write_shards(samples: Iterable[Sample], out: str | Path, *, total: int, shar
     try:
         with atomic_path(out) as temporary:
             temporary.mkdir()
-            with ShardFolder(temporary, shard_size) as folder, Progress(what, total, unit="images") as progress:
+            with ShardFolder(temporary, shard_size) as folder, Progress(what, total, unit=unit) as progress:
                 for sample in samples:
                     folder.write(sample.id, sample.jpeg, sample.meta)
                     state.samples += 1
@@ -291,7 +293,7 @@ def write_shards(samples: Iterable[Sample], out: str | Path, *, total: int, shar
                     progress.advance()
     except OSError as error:
         raise UserError(f"{out}: cannot be written: {disk_message(error)}") from None
-    return _report(folder.written, state, "images")
+    return _report(folder.written, state, unit)
 
 
 def check_new_folder(out: str | Path) -> None:

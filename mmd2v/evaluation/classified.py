@@ -16,7 +16,7 @@ from mmd2v.config.schema import ShardsConfig
 from mmd2v.data.stream import eval_loader
 from mmd2v.data.tokenizers import load_tokenizer
 from mmd2v.errors import UserError
-from mmd2v.export import newest_checkpoint
+from mmd2v.export import Which, checkpoint_of
 from mmd2v.inference import Precision, resolve_device
 from mmd2v.models.exported import CONFIG_FILE
 from mmd2v.models.student import build_student
@@ -78,12 +78,13 @@ def accuracy_of_run(
     batch_size: int = 64,
     device: Literal["auto", "cpu", "cuda"] = "auto",
     precision: Precision = "fp32",
+    which: Which = "newest",
 ) -> AccuracyResult:
-    """Measure a run (its newest checkpoint) or a checkpoint with its `classification` objective.
+    """Measure a run (its checkpoint ``which``) or a checkpoint with its `classification` objective.
 
-    Raises UserError for a run without that objective, unreadable shards, or samples without its label.
+    Raises UserError for a run without that objective or checkpoint, unreadable shards, or samples without its label.
     """
-    checkpoint = newest_checkpoint(Path(source))
+    checkpoint = checkpoint_of(Path(source), which)
     config = load_config(checkpoint.resolve().parent.parent / CONFIG_FILE)
     place = next((i for i, one in enumerate(config.objectives) if one.kind == "classification"), None)
     if place is None:

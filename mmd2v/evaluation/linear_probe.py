@@ -9,7 +9,8 @@ Shapes: M training images, N test images, D width, C classes.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,6 +26,7 @@ _REFINEMENTS = (0.5, 0.25)  # of a decade
 _HELD_OUT = 5  # one image in so many of each class
 _ITERATIONS = 1000
 _SEARCH_ITERATIONS = 200
+_SMALL = 1 << 20  # numbers in the training features
 _ROWS = 1 << 16  # logits [rows, C] held at once
 _GRADIENT = 1e-7  # largest entry at which a fit is done
 
@@ -108,9 +110,22 @@ def probe(
     scale = (train_MD - mean_D).square().mean().sqrt().clamp_min(torch.finfo(train_MD.dtype).tiny)
     train_MD, test_ND = ((rows - mean_D) / scale for rows in (train_MD, test_ND))
     held_M = held_out_rows(labels_M)
-    l2, held_out = _choose(train_MD[~held_M], labels_M[~held_M], train_MD[held_M], labels_M[held_M])
-    fit = fit_logistic(train_MD, labels_M, l2)
+    with _few_threads(train_MD):
+        l2, held_out = _choose(train_MD[~held_M], labels_M[~held_M], train_MD[held_M], labels_M[held_M])
+        fit = fit_logistic(train_MD, labels_M, l2)
     return accuracy(fit, test_ND, test_labels_N), l2, held_out, fit.gradient
+
+
+@contextmanager
+def _few_threads(features_MD: torch.Tensor) -> Iterator[None]:
+    """Compute a small problem in one thread: on a busy machine each of its many short sums would wait for a second."""
+    threads = torch.get_num_threads()
+    if features_MD.device.type == "cpu" and features_MD.numel() < _SMALL:
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def held_out_rows(labels_M: torch.Tensor) -> torch.Tensor:

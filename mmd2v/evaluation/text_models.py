@@ -14,10 +14,11 @@ import torch.nn.functional as F
 from transformers import AutoTokenizer
 
 from mmd2v.errors import UserError, unknown_name
+from mmd2v.evaluation.models import TEXT_ALONE
 from mmd2v.inference import ImageInput, Precision, resolve_device
 from mmd2v.models.hf_backbone import load_model, text_positions
 
-KIND = "hf-text"
+KIND = TEXT_ALONE
 """What its names begin with."""
 
 MAX_LENGTH = 128

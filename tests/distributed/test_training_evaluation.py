@@ -9,6 +9,7 @@ from export_samples import photo
 from harness import run_distributed_test
 from training_runs import make_data, run_config, run_of
 
+from mmd2v.cli.main import main
 from mmd2v.config.training import BestConfig
 from mmd2v.errors import UserError
 from mmd2v.evaluation.features import image_features, text_features
@@ -148,6 +149,27 @@ def test_the_best_checkpoint_survives_a_resume(tmp_path, data, monkeypatch):
     scripted(monkeypatch, [0.9])
     train(tmp_path / "run.yaml", data, str(run_dir / "checkpoints" / "step-000004"), steps=5, **changes, **schedule)
     assert json.loads((run_dir / "best.json").read_text())["step"] == 5
+
+
+def test_the_best_checkpoint_is_exported(tmp_path, data, monkeypatch, capsys):
+    changes, run_dir = best_settings(data, tmp_path)
+    scripted(monkeypatch, [0.5, 0.2])
+    train(tmp_path / "run.yaml", data, steps=2, **changes)
+    (run_dir / "best.json").unlink()  # a run that was killed may have been about to write it
+    best = run_dir / "checkpoints" / "step-000001"
+    for name, source, flags in (("asked", run_dir, ["--checkpoint", "best"]), ("one", best, []), ("new", run_dir, [])):
+        assert main(["export", str(source), "--out", str(tmp_path / name), *flags]) == 0
+    weights = {name: (tmp_path / name / "model.safetensors").read_bytes() for name in ("asked", "one", "new")}
+    assert weights["asked"] == weights["one"] != weights["new"]
+
+    capsys.readouterr()
+    assert main(["export", str(best), "--out", str(tmp_path / "none"), "--checkpoint", "best"]) == 2
+    assert "is a checkpoint itself" in capsys.readouterr().err
+    scripted(monkeypatch, [0.1])
+    train(tmp_path / "plain.yaml", data, steps=1, run_dir=str(tmp_path / "plain"), **settings(data))
+    assert main(["export", str(tmp_path / "plain"), "--out", str(tmp_path / "none"), "--checkpoint", "best"]) == 2
+    assert "checkpoint.best.metric" in capsys.readouterr().err
+    assert not (tmp_path / "none").exists()
 
 
 def test_the_best_is_among_the_checkpoints_that_are_there(tmp_path):

@@ -132,4 +132,5 @@ def test_what_is_wrong_is_named(tmp_path):
             pack_sentences(*arguments)
     with pytest.raises(UserError, match="holds 'other', expected one of same, different"):
         pack_sentences(file, tmp_path / "out", ["first"], "gold", classes=["same", "different"])
-    assert pack_sentences(file, tmp_path / "out", ["first"], "gold", classes=["same", "other"]).classes[0] == "same"
+    found = pack_sentences(file, tmp_path / "out", ["first"], "gold", classes=["same", "other"])
+    assert found.classes[0] == "same" and found.report.unit == "sentences"

@@ -10,6 +10,7 @@ from export_samples import photo
 
 from mmd2v.data.class_folders import ClassFolders
 from mmd2v.data.labelled_images import CifarFiles, LabelledShards, open_labelled
+from mmd2v.data.labelled_packing import pack_images
 from mmd2v.data.transforms import decode_image
 from mmd2v.errors import UserError
 from mmd2v.evaluation.knn import encode_class_folders, knn_of_folder
@@ -84,6 +85,22 @@ def test_labelled_shards(tmp_path):
     assert result.top1 == 1.0 and result.classes == ["2", "10"]
 
 
+def test_shards_that_were_packed_for_fine_tuning(tmp_path):
+    """Their classes are numbers, which a .cls member beside them goes before."""
+    for name, shade in (("a_dog", 0), ("cat", 1)):
+        (tmp_path / "folder" / name).mkdir(parents=True)
+        for number in range(3):
+            (tmp_path / "folder" / name / f"{number}.png").write_bytes(png(10 * number + shade))
+    pack_images(tmp_path / "folder", tmp_path / "packed", shard_size=4)
+    found = open_labelled(tmp_path / "packed")
+    assert found.classes == ["0", "1"] and len(found) == 6
+    assert [of_class for _, of_class, _ in found.images()] == ["0"] * 3 + ["1"] * 3
+    (shard, *_) = sorted((tmp_path / "packed").glob("*.tar"))
+    assert [of_class for _, of_class, _ in open_labelled(shard).images()] == ["0"] * 3 + ["1"]
+    write_tar(tmp_path / "both.tar", [("1.json", b'{"label": 3}'), ("1.cls", b"0"), ("1.png", png(0))])
+    assert open_labelled(tmp_path / "both.tar").classes == ["0"]
+
+
 def test_archives_and_folders_of_classes_are_still_read(tmp_path):
     members = [("set/cat/0.png", png(0)), ("set/dog/0.png", png(1))]
     assert isinstance(open_labelled(write_tar(tmp_path / "classes.tar", members)), ClassFolders)
@@ -100,7 +117,7 @@ def test_what_is_wrong_is_named(tmp_path):
         (tmp_path / "data_*.bin", "--train: .* matches no file"),
         (tmp_path / "short.bin", "of 100 bytes, expected a multiple of 3,073 or 3,074"),
         (tmp_path / "binary", "holds test_batch.bin; name those of one split"),
-        (tmp_path / "half.tar", "half.tar: sample 2 has no .cls member"),
+        (tmp_path / "half.tar", "half.tar: sample 2 has no class: no .cls member"),
         (tmp_path / "none.tar", "none.tar: sample 1 has no image"),
         (tmp_path / "absent", "has no 'absent'"),
     ]:

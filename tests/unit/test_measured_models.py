@@ -199,3 +199,8 @@ def test_images_known_by_their_ids_alone_are_points_too():
     rows = model.encode_ids(["a", "b", "a"])
     assert rows.shape == (3, 16) and torch.equal(rows[0], rows[2]) and not torch.equal(rows[0], rows[1])
     torch.testing.assert_close(rows.norm(dim=1), torch.ones(3))
+
+
+def test_encoders_of_texts_alone_are_no_models_of_retrieval():
+    with pytest.raises(UserError, match="'hf-text:somewhere' encodes texts alone; expected a model of images"):
+        open_model("hf-text:somewhere")

@@ -359,7 +359,7 @@ def dumped(tmp_path_factory):
     folder = tmp_path_factory.mktemp("dumped")
     path = caption_file(folder / "data", count=25)
     out, dump = folder / "result.json", folder / "dump"
-    arguments = ["eval", "retrieval", "content:", str(path), "--device", "cpu", "--resamples", "20"]
+    arguments = ["eval", "retrieval", "content:own", str(path), "--device", "cpu", "--resamples", "20"]
     printed = io.StringIO()
     with pytest.MonkeyPatch.context() as patch, redirect_stdout(printed):
         patch.setitem(models.MODELS, "content", lambda rest, device, precision: ByContent())

@@ -218,13 +218,13 @@ def test_minilm_on_mrpc(shared, minilm):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("blocks", "mean", "on_record"), [(0, 75.4, 75.9), (3, 76.2, 76.7), (6, 85.2, 85.8)])
-def test_minilm_on_the_first_qqp_pairs(shared, blocks, mean, on_record):
+@pytest.mark.parametrize(("blocks", "mean"), [(0, 75.40), (3, 76.19), (6, 85.17)])
+def test_minilm_on_the_first_qqp_pairs(shared, blocks, mean):
+    """In our order of ties; strictly-above counting, which forgives all of them, finds half a point more."""
     model = HFTextModel(str(shared / "teachers/minilm_l6_v2"), blocks=blocks)
     found = pairs_of_file(model.encode_text, shared / "qqp/quora-dev.csv", limit=3000).metrics
-    assert 100 * found["mean"] == pytest.approx(mean, abs=0.06)
-    # What is on record, cut to a digit, is strictly-above counting.
-    assert 25 * sum(found.get(f"{key}_best", found[key]) for key in NUMBERS) == pytest.approx(on_record, abs=0.1)
+    assert 100 * found["mean"] == pytest.approx(mean, abs=0.01)
+    assert 25 * sum(found.get(f"{key}_best", found[key]) for key in NUMBERS) > 100 * found["mean"] + 0.3
 
 
 def test_a_hugging_face_encoder_by_its_first_blocks(shared, minilm):

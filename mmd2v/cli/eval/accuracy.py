@@ -17,6 +17,8 @@ class Accuracy:
     """Folder of the run, or one of its checkpoints."""
     shards: tuple[str, ...]
     """A folder of .tar files that `mmd2v data labelled` wrote, a path with {000..007} braces or wildcards."""
+    checkpoint: Literal["newest", "best"] = "newest"
+    """Which one of a run: the newest, or the best by the number that its checkpoint.best names."""
     json: Path | None = None
     """File to write the numbers to."""
     limit: int | None = None
@@ -43,6 +45,7 @@ class Accuracy:
             batch_size=self.batch_size,
             device=self.device,
             precision=self.precision,
+            which=self.checkpoint,
         )
         print(found.text())
         if self.json is not None:

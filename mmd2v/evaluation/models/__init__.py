@@ -39,6 +39,8 @@ MODELS: dict[str, Opener] = {
 """Kind of model → how it is opened; ``KIND:PATH`` names one."""
 
 _WITHOUT_REST = ("random",)
+TEXT_ALONE = "hf-text"
+"""Kind of models that have no images, which `mmd2v eval pairs` opens by itself."""
 
 
 def open_model(spec: str | Path, device: str | torch.device = "cpu", precision: Precision = "fp32") -> RetrievalModel:
@@ -58,6 +60,10 @@ def open_model(spec: str | Path, device: str | torch.device = "cpu", precision: 
         raise UserError(
             f"model: no folder '{spec}', expected one that `mmd2v export` wrote, or KIND:PATH with one of the kinds "
             f"{', '.join(MODELS)}.{close}"
+        )
+    if kind == TEXT_ALONE:
+        raise UserError(
+            f"model: '{spec}' encodes texts alone; expected a model of images and texts: {', '.join(MODELS)}"
         )
     if kind not in MODELS:
         raise unknown_name("model", kind, MODELS)

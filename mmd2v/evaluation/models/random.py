@@ -49,7 +49,7 @@ class RandomModel(MeasuredModel):
 
     def image_preprocessing(self) -> str:
         """Say what happens to an image."""
-        return "a hash of the pixels"
+        return "a hash of the pixels, or of the id where none are read"
 
     def text_preprocessing(self) -> str:
         """Say what happens to a text."""

@@ -13,13 +13,14 @@ What runs. Every config is a run of `mmd2v train`: its loop, loader, engine, tea
 open_clip in a process and an environment of its own: `create_model`, `get_wds_dataset`, and `train_one_epoch` with its
 AdamW and cosine schedule. Its model has the size of the first config: width, heads and layers of both towers, patch and
 image size, context and embedding (--peer-model takes one of open_clip's own instead). All have the same threads,
-loader workers, batch size, precision, seed of nothing but their own, shards (repacked to one caption an image, which
-is what open_clip reads) and vocabulary, which is checked to give the same ids.
+loader workers, batch size, precision, learning rate, shards (repacked to one caption an image, which is what open_clip
+reads) and vocabulary, which is checked to give the same ids.
 
 What differs. open_clip pads every text to the context and hides what follows a token; mmd2v packs the texts' real
 tokens, each of which sees its whole text. open_clip decodes with PIL into normalised fp32 images, mmd2v with
-torchvision into uint8 ones. open_clip has a LayerNorm more before the image tower. A config with a teacher does work
-that the peer does not: a contrastive config is like for like, and comes first.
+torchvision into uint8 ones. Both have torch's AdamW, mmd2v the fused one. open_clip has a LayerNorm more before the
+image tower. A config with a teacher does work that the peer does not: a contrastive config is like for like, and comes
+first.
 
 How. The processes take turns, a window of steps each, in an order that turns round from round to round; one that waits
 does nothing. A window's first steps use up what loaders made in the pause and are not counted. Rates are medians over
@@ -301,18 +302,18 @@ def measure(options: Options, configs: list[Config], work: Path) -> tuple[list[M
 
     with ExitStack() as stack:
         children: list[tuple[Measured, Child]] = []
+        if options.peer_python is not None:
+            write_json(file := work / "peer.json", peer_settings(configs[0], options, work))
+            peer = stack.enter_context(Child(options.peer_python, "throughput_peer.py", file, options.threads))
+            _check_tokens(configs[0], peer, [caption for *_, caption in samples[:256]])
         for number, config in enumerate(configs):
             write_text(file := work / f"config{number}.yaml", dump_config(config))
             child = stack.enter_context(Child(sys.executable, "throughput_ours.py", file, options.threads))
             children.append((Measured(config.name, "mmd2v", config), child))
         if options.peer_python is not None:
-            settings = peer_settings(configs[0], options, work)
-            write_json(file := work / "peer.json", settings)
-            child = stack.enter_context(Child(options.peer_python, "throughput_peer.py", file, options.threads))
-            _check_tokens(configs[0], child, held_out or samples)
             # Beside the config that it is compared with.
             name = options.peer_model or f"the size of {configs[0].name}"
-            children.insert(1, (Measured(name, PEER, configs[0]), child))
+            children.insert(1, (Measured(name, PEER, configs[0]), peer))
         take_turns(options, children)
         for one, child in children:
             if one.provider == PEER:
@@ -435,8 +436,7 @@ def _vocabulary(python: Path, work: Path) -> Path:
     return clip_tokenizer(Path(asked.stdout.splitlines()[-1]), work / "tokenizer.json")
 
 
-def _check_tokens(config: Config, child: Child, samples: Sequence[Any]) -> None:
-    texts = [one.captions[0] if isinstance(one, RawSample) else one[2] for one in samples[:256]]
+def _check_tokens(config: Config, child: Child, texts: list[str]) -> None:
     ids, lengths = load_tokenizer(config.data.tokenizer).encode_batch(texts)
     if child("tokens", texts=texts) != [row.tolist() for row in torch.from_numpy(ids).split(lengths.tolist())]:
         raise UserError("the two tokenizers give different ids: the comparison would not be fair")

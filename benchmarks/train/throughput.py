@@ -30,7 +30,7 @@ of patches and CLS, and of texts without padding. *Memory* is the peak of a coun
 a CPU the training process's own. Recall is that of the held-out set after all N steps.
 
 *MFU* is the rate of floating-point operations of the whole step (student and teachers, what is computed on padding
-too) over that of a bare product of two square matrices of the run's dtype (2,048 rows; on a GPU 8,192), measured by the
+too) over that of a bare product of two square matrices of the run's dtype (up to 2,048 rows; on a GPU 8,192), measured by the
 same process before each window. Operations are counted by torch's FlopCounterMode on one step, in which attention is
 computed as plain products so that they are seen.
 """
@@ -100,8 +100,9 @@ class Options:
     """Windows of each."""
     uncounted: int = 3
     """Steps at the beginning of a window that are not measured."""
-    threads: int = len(os.sched_getaffinity(0))
-    """Threads of each trainer."""
+    threads: int = max(1, len(os.sched_getaffinity(0)) - 1)
+    """Threads of each trainer. By default the loader has a core of its own: threads wait for each other, and one that
+    shares its core holds up all."""
     peer_python: Path | None = None
     """Python of the environment that benchmarks/data/peer_environment.sh made; none: no peer."""
     peer_model: Annotated[str | None, arg(metavar="NAME")] = None

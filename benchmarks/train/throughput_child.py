@@ -24,6 +24,7 @@ from child import settle
 KERNELS = "MMD2V_KERNELS"
 PRODUCT_SIDE = {"cpu": 2048, "cuda": 8192}
 PRODUCT_SECONDS = 1.0
+LONG_PRODUCT = 0.05  # seconds: no larger one is needed, and a processor without bf16 would take minutes for it
 
 
 class Channel:
@@ -63,13 +64,13 @@ class Window:
 
     def begin(self) -> None:
         """Start the clock, when the device has done all that it was given."""
-        self._synchronize()
+        synchronize(self.device)
         reset_peak(self.device)
         self.reset()
 
     def end(self, steps: int) -> dict[str, float]:
         """Stop it, when the device has done the same, and wait for the loader's processes to come to rest."""
-        self._synchronize()
+        synchronize(self.device)
         seconds = time.perf_counter() - self._start
         teacher = self._teacher + sum(begin.elapsed_time(end) for begin, end in self._events) / 1e3
         measured = {"steps": steps, "seconds": seconds, "data": self.data, "teacher": teacher}
@@ -101,10 +102,6 @@ class Window:
         start = time.perf_counter()
         yield
         self._teacher += time.perf_counter() - start
-
-    def _synchronize(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
 
 
 def reset_peak(device: torch.device) -> None:
@@ -144,16 +141,28 @@ def counted_flops() -> Iterator[FlopCounterMode]:
 
 def product_rate(device: torch.device, dtype: torch.dtype) -> float:
     """FLOP/s of a bare product of two large square matrices: the best of a second."""
-    side = PRODUCT_SIDE[device.type]
+    side = 256
+    while (seconds := _fastest_product(side, device, dtype, 0.0)) < LONG_PRODUCT and side < PRODUCT_SIDE[device.type]:
+        side *= 2
+    return 2 * side**3 / min(seconds, _fastest_product(side, device, dtype, PRODUCT_SECONDS))
+
+
+def _fastest_product(side: int, device: torch.device, dtype: torch.dtype, duration: float) -> float:
+    """Seconds of the fastest product of those that begin within ``duration``, after one that is not counted."""
     left, right = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
-    best, end = float("inf"), time.perf_counter() + PRODUCT_SECONDS
+    best, end = float("inf"), time.perf_counter() + duration
     left @ right
-    while time.perf_counter() < end:
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
+    while True:
+        synchronize(device)
         start = time.perf_counter()
         left @ right
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
+        synchronize(device)
         best = min(best, time.perf_counter() - start)
-    return 2 * side**3 / best
+        if time.perf_counter() > end:
+            return best
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until the device has done all that it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

@@ -30,9 +30,10 @@ of patches and CLS, and of texts without padding. *Memory* is the peak of a coun
 a CPU the training process's own. Recall is that of the held-out set after all N steps.
 
 *MFU* is the rate of floating-point operations of the whole step (student and teachers, what is computed on padding
-too) over that of a bare product of two square matrices of the run's dtype (up to 2,048 rows; on a GPU 8,192), measured by the
-same process before each window. Operations are counted by torch's FlopCounterMode on one step, in which attention is
-computed as plain products so that they are seen.
+too) over that of a bare product of two square matrices of the run's dtype (up to 2,048 rows; on a GPU 8,192), measured
+by the same process before each window. Operations are counted by torch's FlopCounterMode on one step, in which
+attention is computed as plain products so that they are seen. In bf16 on a processor without instructions for it, whose
+products are slow, the ratio tells nothing and can pass 100 %.
 """
 
 from __future__ import annotations

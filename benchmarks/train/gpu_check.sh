@@ -1,10 +1,12 @@
 #!/usr/bin/env bash
-# Every check of the product that needs a GPU but the kernels' own (benchmarks/kernels/gpu_check.sh), in about 150 seconds.
+# Every check of the product that needs a GPU but the kernels' own (benchmarks/kernels/gpu_check.sh), in about 150 seconds
+# and what the throughput takes, at most 180.
 #
-#     benchmarks/train/gpu_check.sh FOLDER [PYTHON]
+#     [PEER_PYTHON=…] benchmarks/train/gpu_check.sh FOLDER [PYTHON]
 #
 # FOLDER receives summary.txt (one line a step, then what the runs measured), logs.txt (what every step printed),
-# metrics.jsonl (every run's own stream), gpu_tests.xml and doctor.json. PYTHON needs what setup.py asks for, with the
+# metrics.jsonl (every run's own stream), gpu_tests.xml, doctor.json and throughput.{csv,json,svg}. With PEER_PYTHON, of
+# benchmarks/data/peer_environment.sh, open_clip is trained beside the ViT-B/16. PYTHON needs what setup.py asks for, with the
 # extra `gpu` and pytest; nothing is downloaded. Without a GPU it rehearses every step on the CPU at sizes whose figures
 # mean nothing. The exit status is 0 when all steps pass.
 set -uo pipefail
@@ -19,12 +21,14 @@ cd "$root"
 export PYTHONPATH="$root:$root/kernels${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
 unset MMD2V_KERNELS TRITON_INTERPRET DS_ACCELERATOR
 export DEMO_DIR=$work HF_HUB_OFFLINE=1
-device=cuda steps=60 more=100 scenes=2048 large=512 size=224 width=768 heads=12 depth=5 batch=256 workers=12 bank=65536
+device=cuda steps=60 more=100 scenes=2048 large=512 size=224 width=768 heads=12 depth=5 blocks=12 batch=256 workers=12 bank=65536
+windows='--steps 78 --rounds 3 --uncounted 5'
 vit='{}' mixed=bf16_autocast half=fp16 patience=1
 if ! "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
     echo "no CUDA device: a rehearsal"
-    device=cpu steps=4 more=6 scenes=256 large=16 size=32 width=64 heads=4 depth=1 batch=8 workers=2 bank=64
+    device=cpu steps=4 more=6 scenes=256 large=16 size=32 width=64 heads=4 depth=1 blocks=1 batch=8 workers=2 bank=64
     vit='{img_size: 32, depth: 2, embed_dim: 64, num_heads: 4}' half=bf16 # fp16 needs CUDA
+    windows='--steps 9 --rounds 2 --uncounted 1'
     patience=6 # one step after the other, on few cores
 fi
 : > "$folder/summary.txt"
@@ -152,6 +156,26 @@ train vit_regression 70 "$work/vit.yaml"
 train vit_contrastive 70 "$work/vit.yaml" --objectives "$more_objectives" --data.decode device
 train vit_half 70 "$work/vit.yaml" --engine.precision $half
 
+# Throughput: a ViT-B/16 and as large a text tower under the contrastive loss, with and without a live ViT-B/16 teacher.
+cat > "$work/distilled.yaml" <<CONFIG
+base: "$root/configs/throughput/contrastive.yaml"
+name: throughput-distilled
+teachers:
+  image: {name: "timm:vit_base_patch16_224@$work/vit.safetensors", kwargs: $vit, image_size: $size}
+objectives:
+  - {kind: contrastive}
+  - {kind: cls_regression, teacher: image, head: norm_linear, normalize: layer_norm}
+CONFIG
+peer=()
+if [ -n "${PEER_PYTHON:-}" ]; then peer=(--peer-python "$PEER_PYTHON"); fi
+export FLICKR8K_SHARDS="$work/shards" MMD2V_TEACHERS="$work" # the config names them, and the options below replace both
+# shellcheck disable=SC2086 # a list of options
+step throughput 180 "$python" benchmarks/train/throughput.py configs/throughput/contrastive.yaml "$work/distilled.yaml" \
+    --out "$folder/throughput" $windows "${peer[@]}" --data.train.shards "$work/shards/large" \
+    --data.eval.shards "$work/shards/test" --data.image.size $size --data.tokenizer.path "$work/tokenizer.json" \
+    --data.tokenizer.max_length 64 --data.workers $workers --model.width $width --model.heads $heads \
+    --model.layers.0.count $blocks --engine.device $device --engine.precision $mixed --engine.batch_size $batch
+
 # ---------------------------------------------------------------------------------------------------- the results
 
 for run in "$work"/runs/*/; do
@@ -170,6 +194,7 @@ done > "$folder/logs.txt"
         # The last line of a run has its throughput, the share of it spent waiting for data, and the peak memory.
         grep -h 'samples/s' "$log" | tail -n 1 | sed "s/^/$(basename "$log" .log): /"
     done
+    grep -h 'samples/s (' "$work/throughput.log"
     grep -h -i -E 'R@1|median rank' "$work/eval_retrieval.log" 2> /dev/null | tail -n 3
     grep -h -i -E 'warning' "$work"/*.log | sort | uniq -c | sort -rn | head -n 25 | cut -c1-250
 } >> "$folder/summary.txt"

@@ -124,4 +124,5 @@ def test_two_ranks_give_the_same_numbers_and_the_same_errors():
 def test_an_error_of_eval_is_printed_once(tmp_path):
     (told, message), (silent, nothing) = run_distributed_test(eval_of_an_absent_export, 2, args=(str(tmp_path),))
     assert (told, silent, nothing) == (2, 2, "")
-    assert message.startswith("error: mmd2v.load: ") and message.endswith("none is no folder\n")
+    assert message.startswith(f"error: model: no folder '{tmp_path}/none', expected one that `mmd2v export` wrote")
+    assert message.count("\n") == 1

@@ -442,7 +442,13 @@ def test_checkpoint_that_is_replaced_goes_beside_the_training(tmp_path, monkeypa
     """Removing large files takes a file system a while, which no step waits for."""
     write_checkpoint(tmp_path, 1)
     may_go, remove = threading.Event(), shutil.rmtree
-    monkeypatch.setattr(shutil, "rmtree", lambda *a, **o: (may_go.wait(60), remove(*a, **o)))
+
+    def slowly(path, *arguments, **options):
+        if Path(path).name == ".step-000001.tmp":
+            may_go.wait(60)
+        remove(path, *arguments, **options)
+
+    monkeypatch.setattr(shutil, "rmtree", slowly)
     checkpointer = Checkpointer(tmp_path, CheckpointConfig(keep=1), ALONE)
     checkpointer.save(stub_engine(2), _manifest(2))
     checkpointer.finish()

@@ -10,6 +10,7 @@ from mmd2v_kernels.cosine_topk import cosine_topk
 from mmd2v_kernels.dispatch import describe
 from mmd2v_kernels.distill_target import distill_loss, distill_target
 from mmd2v_kernels.expert_mlp import Expert, expert_mlp
+from mmd2v_kernels.half_products import linear
 from mmd2v_kernels.rank_count import RankCounts, best_positives, count_ahead, rank_count
 from mmd2v_kernels.rank_sides import Best
 from mmd2v_kernels.routing import Route, leave_out, route
@@ -32,6 +33,7 @@ __all__ = [
     "distill_target",
     "expert_mlp",
     "leave_out",
+    "linear",
     "rank_count",
     "route",
     "siglip",

@@ -6,8 +6,8 @@ GELU are computed again. Rows go through in blocks, so that what is in between e
 memory is used again. fc2's output is not kept either: with u = the branch's gradient before the layer scale γ,
 dγ_j = ⟨W2_j, (uᵀ g)_j⟩ + b2_j Σ u_j.
 
-Half precision on a processor without instructions for it is computed in fp32 and only stored in halves: torch's own
-products of halves are ten times slower there than those of fp32.
+Half precision on a processor without instructions for it is computed in fp32 and only stored in halves
+(`half_products`).
 
 Deterministic for a given number of threads.
 
@@ -17,11 +17,12 @@ Shapes: T rows of ``x``, R rows that pass the experts, r of one block, D width, 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+
+from mmd2v_kernels.half_products import multiplies
 
 if TYPE_CHECKING:
     from mmd2v_kernels.expert_mlp import Expert
@@ -75,7 +76,7 @@ def segmented_expert_mlp(
     stored: torch.dtype,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Do what `expert_mlp` says; ``stored`` is the dtype of the products. Returns (rows [T, D], branch or None)."""
-    arithmetic = stored if _multiplies(x_TD.device.type, stored) else torch.float32
+    arithmetic = stored if multiplies(x_TD.device.type, stored) else torch.float32
     tensors = [[field for field in expert if not isinstance(field, float)] for expert in experts]
     call = Call(
         rows=tuple(rows),
@@ -94,15 +95,6 @@ def segmented_expert_mlp(
         return out if with_branch else (out, None)
     out_TD, saved = _forward(call, x_TD, index_R, row_scale_T, experts, keep=False)
     return out_TD, saved.result_RD
-
-
-@cache
-def _multiplies(device: str, dtype: torch.dtype) -> bool:
-    """Tell whether there are instructions for products of this precision."""
-    if device != "cpu" or dtype in (torch.float32, torch.float64):
-        return True
-    name = {torch.bfloat16: "_is_mkldnn_bf16_supported", torch.float16: "_is_mkldnn_fp16_supported"}[dtype]
-    return torch.backends.mkldnn.is_available() and bool(getattr(torch.ops.mkldnn, name)())
 
 
 class _SegmentedMLP(torch.autograd.Function):

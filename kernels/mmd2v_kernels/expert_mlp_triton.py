@@ -9,8 +9,8 @@ norm's output; 7 the norm backward, residual and scatter.
 Parts 2 to 6 are matrix products, each by the kernel of this file or by the library's on each expert's slice with one
 kernel after it for what happens to the result, as `mmd2v_kernels.dispatch` says for that part.
 
-GELU is exact to 2e-7 (Abramowitz and Stegun 7.1.26), which shares its exponential with the derivative; in fp32 it is
-torch's.
+GELU is exact to 2e-7 (Abramowitz and Stegun 7.1.26, here with the half of erfc that is asked for), which shares its
+exponential with the derivative; in fp32 it is torch's.
 Deterministic: no atomics, partial sums are added in one order.
 
 Shapes: T rows of ``x``, R rows that pass the experts, E experts, D width, F hidden width; a matrix product has M rows
@@ -61,6 +61,10 @@ class Tiles:
     epilogue: tuple[int, int] = (64, 128)
     """Rows and columns of a program that follows the library's product."""
     epilogue_warps: int = 4
+    step: int = 16
+    """Rows at a time of a program that follows the library's product."""
+    flat: int = 1024
+    """Numbers of a program of GELU alone, after the library's product: its bias is the library's too."""
 
 
 TILES = Tiles()
@@ -90,14 +94,15 @@ def _piece(piece, stops_ptr, experts, SIZE: tl.constexpr):
 @triton.jit
 def _gelu(h, EXACT: tl.constexpr):
     """Return GELU(h) and its derivative."""
-    bell = tl.exp(-0.5 * h * h)
+    bell = tl.exp2(h * h * -0.7213475204444817)  # e^(−h² / 2)
     if EXACT:
         below = 0.5 * (1.0 + tl.erf(h * 0.7071067811865476))
     else:
-        size = tl.abs(h) * 0.7071067811865476
-        t = 1.0 / (1.0 + 0.3275911 * size)
-        series = t * (0.254829592 + t * (-0.284496736 + t * (1.421413741 + t * (-1.453152027 + t * 1.061405429))))
-        tail = 0.5 * series * bell  # of the normal distribution, beyond |h|: small without a cancellation
+        # A division and tl.exp would each spend four instructions on ranges that do not occur here.
+        root = tl.rsqrt(1.0 + 0.23164189 * tl.abs(h))
+        t = root * root
+        series = t * (0.127414796 + t * (-0.142248368 + t * (0.7107068705 + t * (-0.7265760135 + t * 0.5307027145))))
+        tail = series * bell  # of the normal distribution, beyond |h|: small without a cancellation
         below = tl.where(h < 0, tail, 1.0 - tail)
     return h * below, below + h * bell * 0.3989422804014327
 
@@ -164,7 +169,8 @@ def _branch_gradient_kernel(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    tile, block = tl.program_id(0), tl.program_id(1)
+    blocks = tl.cdiv(width, COLUMNS)
+    tile, block = tl.program_id(0) // blocks, tl.program_id(0) % blocks
     expert, first, end = _piece(tile, stops_ptr, experts, ROWS)
     row = first + tl.arange(0, ROWS)
     is_row = row < end
@@ -196,7 +202,6 @@ def _write(
     is_row,  # bool [M]
     column,  # int32 [N]
     is_column,  # bool [N]
-    tile,
     expert,
     biases_ptr,  # this and what follows: see `_product_kernel`
     scales_ptr,  # int64 [E]
@@ -206,7 +211,6 @@ def _write(
     x_ptr,  # [T, N] or [R, N]
     index_ptr,  # int64 [R]
     row_scale_ptr,  # [T]
-    sums_ptr,  # fp32 [P, N]
     columns,  # N
     EPILOGUE: tl.constexpr,
     HAS_INDEX: tl.constexpr,
@@ -216,6 +220,7 @@ def _write(
     KEEP: tl.constexpr,
     EXACT: tl.constexpr,
 ):
+    """Write a tile and return what was written."""
     inside = is_row[:, None] & is_column[None, :]
     at = row[:, None] * columns + column[None, :]
     base = first * columns
@@ -246,11 +251,11 @@ def _write(
         g, slope = _gelu(h, EXACT)
         # g takes the place that x has in the residual epilogue: it is an output here.
         tl.store(x_ptr + base + at, g, mask=inside)
-        product = tl.where(inside, product * slope, 0.0)
+        product *= slope  # 0 beyond the rows, as what was multiplied is
         tl.store(out_ptr + base + at, product, mask=inside)
-        tl.store(sums_ptr + tile * columns + column, tl.sum(product, axis=0), mask=is_column)
     else:
         tl.store(out_ptr + base + at, product, mask=inside)
+    return product
 
 
 @triton.jit
@@ -314,17 +319,19 @@ def _product_kernel(
     halves = tl.permute(tl.reshape(product, (ROWS, 2, COLUMNS // 2)), (0, 2, 1))
     left, right = tl.split(halves)
     half = block * COLUMNS + tl.arange(0, COLUMNS // 2)
-    _write(
-        left, first, row, is_row, half, half < columns, tile, expert, biases_ptr, scales_ptr, vector_ptr, h_ptr,
-        out_ptr, x_ptr, index_ptr, row_scale_ptr, sums_ptr, columns, EPILOGUE, HAS_INDEX, HAS_SCALE, HAS_ROW_SCALE,
-        HAS_BIAS, KEEP, EXACT,
+    written = _write(
+        left, first, row, is_row, half, half < columns, expert, biases_ptr, scales_ptr, vector_ptr, h_ptr, out_ptr,
+        x_ptr, index_ptr, row_scale_ptr, columns, EPILOGUE, HAS_INDEX, HAS_SCALE, HAS_ROW_SCALE, HAS_BIAS, KEEP, EXACT,
     )  # fmt: skip
+    if EPILOGUE == 2:
+        tl.store(sums_ptr + tile * columns + half, tl.sum(written, axis=0), mask=half < columns)
     half += COLUMNS // 2
-    _write(
-        right, first, row, is_row, half, half < columns, tile, expert, biases_ptr, scales_ptr, vector_ptr, h_ptr,
-        out_ptr, x_ptr, index_ptr, row_scale_ptr, sums_ptr, columns, EPILOGUE, HAS_INDEX, HAS_SCALE, HAS_ROW_SCALE,
-        HAS_BIAS, KEEP, EXACT,
+    written = _write(
+        right, first, row, is_row, half, half < columns, expert, biases_ptr, scales_ptr, vector_ptr, h_ptr, out_ptr,
+        x_ptr, index_ptr, row_scale_ptr, columns, EPILOGUE, HAS_INDEX, HAS_SCALE, HAS_ROW_SCALE, HAS_BIAS, KEEP, EXACT,
     )  # fmt: skip
+    if EPILOGUE == 2:
+        tl.store(sums_ptr + tile * columns + half, tl.sum(written, axis=0), mask=half < columns)
 
 
 @triton.jit
@@ -350,22 +357,42 @@ def _epilogue_kernel(
     KEEP: tl.constexpr,
     EXACT: tl.constexpr,
     ROWS: tl.constexpr,
+    STEP: tl.constexpr,  # rows at a time: with all of a tile the registers would hold few programs
     COLUMNS: tl.constexpr,
 ):
-    tile, block = tl.program_id(0), tl.program_id(1)
+    # Programs that run together share rows: their columns lie beside one another in memory.
+    blocks = tl.cdiv(columns, COLUMNS)
+    tile, block = tl.program_id(0) // blocks, tl.program_id(0) % blocks
     expert, first, end = _piece(tile, stops_ptr, experts, ROWS)
-    row = tl.arange(0, ROWS)
-    is_row = row < end - first
-    first = first.to(tl.int64)
     column = block * COLUMNS + tl.arange(0, COLUMNS)
     is_column = column < columns
-    at = first * columns + row[:, None] * columns + column[None, :]
-    product = tl.load(raw_ptr + at, mask=is_row[:, None] & is_column[None, :], other=0.0).to(tl.float32)
-    _write(
-        product, first, row, is_row, column, is_column, tile, expert, biases_ptr, scales_ptr, vector_ptr, h_ptr,
-        out_ptr, x_ptr, index_ptr, row_scale_ptr, sums_ptr, columns, EPILOGUE, HAS_INDEX, HAS_SCALE, HAS_ROW_SCALE,
-        HAS_BIAS, KEEP, EXACT,
-    )  # fmt: skip
+    total = tl.zeros([STEP, COLUMNS], dtype=tl.float32)
+    for start in range(0, ROWS, STEP):
+        row = start + tl.arange(0, STEP)
+        is_row = row < end - first
+        at = first.to(tl.int64) * columns + row[:, None] * columns + column[None, :]
+        product = tl.load(raw_ptr + at, mask=is_row[:, None] & is_column[None, :], other=0.0).to(tl.float32)
+        total += _write(
+            product, first.to(tl.int64), row, is_row, column, is_column, expert, biases_ptr, scales_ptr, vector_ptr,
+            h_ptr, out_ptr, x_ptr, index_ptr, row_scale_ptr, columns, EPILOGUE, HAS_INDEX, HAS_SCALE, HAS_ROW_SCALE,
+            HAS_BIAS, KEEP, EXACT,
+        )  # fmt: skip
+    if EPILOGUE == 2:
+        tl.store(sums_ptr + tile * columns + column, tl.sum(total, axis=0), mask=is_column)
+
+
+@triton.jit
+def _gelu_kernel(
+    h_ptr,  # [R, F], of any number of experts: the library has added the bias
+    out_ptr,  # [R, F] out; may be the same memory
+    size,  # R · F
+    EXACT: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    h = tl.load(h_ptr + at, mask=at < size, other=0.0).to(tl.float32)
+    g, _ = _gelu(h, EXACT)
+    tl.store(out_ptr + at, g, mask=at < size)
 
 
 @triton.jit
@@ -520,7 +547,15 @@ def _product(
         if epilogue == PLAIN:
             return []
         if epilogue == GELU:
-            has_bias = keep = False
+            _gelu_kernel[(triton.cdiv(raw.numel(), tiles.flat),)](
+                raw,
+                out,
+                raw.numel(),
+                EXACT=a_RK.dtype == torch.float32,
+                BLOCK=tiles.flat,
+                num_warps=tiles.epilogue_warps,
+            )
+            return []
         height, wide = tiles.epilogue
     else:
         height, wide = tiles.rows, tiles.gelu_columns if epilogue in (GELU, GELU_GRADIENT) else tiles.columns
@@ -554,8 +589,8 @@ def _product(
     }
     stops_E = _stops(rows, device)
     if raw is not None:
-        _epilogue_kernel[(count, triton.cdiv(columns, wide))](
-            raw, stops_E, len(rows), *where, **how, num_warps=tiles.epilogue_warps
+        _epilogue_kernel[(count * triton.cdiv(columns, wide),)](
+            raw, stops_E, len(rows), *where, **how, STEP=min(height, tiles.step), num_warps=tiles.epilogue_warps
         )
     else:
         _product_kernel[(count * triton.cdiv(columns, wide),)](
@@ -796,7 +831,7 @@ def _branch_gradient(
     height, wide = tiles.epilogue
     pieces = _pieces(rows, height)
     sums_PD = torch.empty(sum(pieces), shape[1], dtype=torch.float32, device=device)
-    _branch_gradient_kernel[(sum(pieces), triton.cdiv(shape[1], wide))](
+    _branch_gradient_kernel[(sum(pieces) * triton.cdiv(shape[1], wide),)](
         dout_TD,
         dout_TD if index_R is None else index_R,
         dout_TD if row_scale_T is None else row_scale_T,
@@ -901,15 +936,19 @@ def configurations() -> list[Configuration]:
         del after[name]
     unused = ("TRANSPOSED", "WHOLE", "PRECISION", "DEPTH")
     after |= {n: kind for n, kind in arguments.items() if kind == "constexpr" and n not in unused}
-    for one in found[:3]:
+    after["STEP"] = "constexpr"
+    for one in found[1:3]:
         constants = {n: value for n, value in one.constants.items() if n not in unused}
-        if one.constants["EPILOGUE"] == GELU:
-            constants |= {"HAS_BIAS": False, "KEEP": False}
-        constants |= dict(zip(("ROWS", "COLUMNS"), tiles.epilogue, strict=True))
+        constants |= dict(zip(("ROWS", "COLUMNS"), tiles.epilogue, strict=True)) | {"STEP": tiles.step}
         name = f"{one.name}_epilogue"
         found.append(
             Configuration(name, _epilogue_kernel, after, constants, tiles.epilogue_warps, aligned=("columns",))
         )
+    flat = {"h_ptr": rows, "out_ptr": rows, "size": "i64", "EXACT": "constexpr", "BLOCK": "constexpr"}
+    constants = {"EXACT": False, "BLOCK": tiles.flat}
+    found.append(
+        Configuration("expert_mlp/gelu", _gelu_kernel, flat, constants, tiles.epilogue_warps, aligned=("size",))
+    )
     wgrad = {
         "left_ptr": rows,
         "right_ptr": rows,

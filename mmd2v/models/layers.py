@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 from mmd2v.config.schema import LayerConfig
 from mmd2v.models.attention import attend
 from mmd2v.models.packed import Layout
-from mmd2v_kernels import Expert, expert_mlp, leave_out
+from mmd2v_kernels import Expert, expert_mlp, leave_out, linear
 
 SHARED = "shared"
 """Owner name of weights that all modalities use."""
@@ -24,15 +24,23 @@ JOINT = "joint"
 """Owner name of the expert that sees all rows when image and text are one sequence (VLMo's vision-language expert)."""
 
 
+class Linear(nn.Linear):
+    """`torch.nn.Linear` whose halves are multiplied in fp32 where a processor has no instructions for them."""
+
+    def forward(self, x_TD: torch.Tensor) -> torch.Tensor:
+        """Return [T, E] of rows [T, D]."""
+        return linear(x_TD, self.weight, self.bias)
+
+
 class AttentionWeights(nn.Module):
     """Norm, query-key-value and output maps of one owner."""
 
     def __init__(self, width: int, config: LayerConfig, owner: str) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(width, eps=config.eps_of(owner))
-        self.qkv = nn.Linear(width, 3 * width)
+        self.qkv = Linear(width, 3 * width)
         self.inner_norm = nn.LayerNorm(width, eps=config.eps_of(owner)) if config.sub_norm else None
-        self.proj = nn.Linear(width, width)
+        self.proj = Linear(width, width)
         self.layer_scale = _layer_scale(width, config)
 
 

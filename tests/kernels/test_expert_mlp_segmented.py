@@ -64,7 +64,7 @@ def test_no_less_accurate_than_plain_torch(dtype, counts, norm, branch, monkeypa
 @pytest.mark.parametrize("entering", [torch.float32, torch.bfloat16])
 def test_autocast_gives_the_same_dtypes_and_no_less_accuracy(multiplies, inner, entering, monkeypatch):
     """With and without instructions for bf16, whatever this machine has."""
-    monkeypatch.setattr(expert_mlp_segmented, "_multiplies", lambda device, dtype: multiplies)
+    monkeypatch.setattr(expert_mlp_segmented, "multiplies", lambda device, dtype: multiplies)
     counts = (50, 31)
     experts = in_dtype([make_expert(WIDTH, HIDDEN, inner_norm=inner) for _ in counts], torch.float32)
     x, weight = torch.randn(81, WIDTH).to(entering), torch.randn(1, 81, WIDTH)

@@ -1,0 +1,87 @@
+"""Products of halves on a processor without instructions for them: computed in fp32, and only stored in halves.
+
+torch's own there are ten to a hundred times slower than those of fp32.
+
+Shapes: T rows, r of one block, D width, E output width.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
+
+__all__ = ["linear", "multiplies"]
+
+_INSTRUCTIONS = {torch.bfloat16: "_is_mkldnn_bf16_supported", torch.float16: "_is_mkldnn_fp16_supported"}
+_BLOCK = 2048
+"""Rows at a time, so that fp32 copies exist of one block alone."""
+
+
+@cache
+def multiplies(device: str, dtype: torch.dtype) -> bool:
+    """Tell whether there are instructions for products of this precision."""
+    if device != "cpu" or dtype not in _INSTRUCTIONS:
+        return True
+    return torch.backends.mkldnn.is_available() and bool(getattr(torch.ops.mkldnn, _INSTRUCTIONS[dtype])())
+
+
+def linear(x_TD: torch.Tensor, weight_ED: torch.Tensor, bias_E: torch.Tensor) -> torch.Tensor:
+    """Return ``x weightᵀ + bias`` [T, E], in the dtype of `torch.nn.functional.linear` and under its autocast.
+
+    Where that would multiply halves without instructions, products and sums are fp32 and the result is rounded once;
+    for the backward pass no more is kept.
+    """
+    device = x_TD.device.type
+    autocast = torch.is_autocast_enabled(device)
+    stored = torch.get_autocast_dtype(device) if autocast else x_TD.dtype
+    if multiplies(device, stored) or not (autocast or weight_ED.dtype == stored):
+        return F.linear(x_TD, weight_ED, bias_E)
+    return _Linear.apply(x_TD, weight_ED, bias_E, stored)
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x_TD: torch.Tensor, weight_ED: torch.Tensor, bias_E: torch.Tensor, stored: torch.dtype
+    ) -> torch.Tensor:
+        kept_TD = x_TD.to(stored)
+        with torch.autocast(x_TD.device.type, enabled=False):
+            w_ED, b_E = (parameter.to(stored).float() for parameter in (weight_ED, bias_E))
+            out_TE = x_TD.new_empty(len(x_TD), len(weight_ED), dtype=stored)
+            for x_rD, out_rE in zip(kept_TD.split(_BLOCK), out_TE.split(_BLOCK), strict=True):
+                out_rE.copy_(torch.addmm(b_E, x_rD.float(), w_ED.t()))
+        # The weight itself, not its copy: sharded parameters are gathered into it again.
+        ctx.save_for_backward(kept_TD, weight_ED)
+        ctx.dtypes = x_TD.dtype, bias_E.dtype, stored
+        return out_TE
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dout_TE: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        kept_TD, weight_ED = ctx.saved_tensors
+        of_x, of_bias, stored = ctx.dtypes
+        wants_x, wants_weight, wants_bias, _ = ctx.needs_input_grad
+        with torch.autocast(dout_TE.device.type, enabled=False):
+            w_ED = weight_ED.to(stored).float()
+            dx_TD = torch.empty_like(kept_TD, dtype=of_x) if wants_x else None
+            dw_ED = torch.zeros_like(w_ED) if wants_weight else None
+            db_E = w_ED.new_zeros(len(w_ED)) if wants_bias else None
+            for top in range(0, len(kept_TD), _BLOCK):
+                rows = slice(top, top + _BLOCK)
+                dout_rE = dout_TE[rows].float()
+                if dx_TD is not None:
+                    dx_TD[rows] = torch.mm(dout_rE, w_ED)
+                if dw_ED is not None:
+                    dw_ED.addmm_(dout_rE.t(), kept_TD[rows].float())
+                if db_E is not None:
+                    db_E += dout_rE.sum(0)
+        return (
+            dx_TD,
+            None if dw_ED is None else dw_ED.to(weight_ED.dtype),
+            None if db_E is None else db_E.to(of_bias),
+            None,
+        )

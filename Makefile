@@ -14,7 +14,7 @@ READY := $(VENV)/.ready
 
 setup: $(READY)
 
-$(READY): setup.py VERSION kernels/mmd2v_kernels/cpu_scans.c
+$(READY): setup.py VERSION $(wildcard kernels/mmd2v_kernels/*.[ch])
 	@test -n "$(PYTHON)" || { echo "Found no Python 3.11, 3.12 or 3.13 that can make virtual environments (modules" \
 		"venv and ensurepip; Debian and Ubuntu: apt install python3-venv). Or: make PYTHON=/path/to/python"; exit 1; }
 	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv $(VENV)

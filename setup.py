@@ -18,11 +18,12 @@ setup(
     python_requires=">=3.11,<3.14",
     packages=find_packages(include=["mmd2v", "mmd2v.*"]) + find_packages("kernels"),
     package_dir={"mmd2v": "mmd2v", "mmd2v_kernels": "kernels/mmd2v_kernels"},
-    # Plain loops that ctypes calls. Without a compiler numpy does their work, more slowly.
+    # Loops that ctypes calls. Without a compiler numpy does their work, more slowly.
     ext_modules=[
         Extension(
             "mmd2v_kernels._cpu_scans",
-            ["kernels/mmd2v_kernels/cpu_scans.c"],
+            ["kernels/mmd2v_kernels/cpu_scans.c", "kernels/mmd2v_kernels/int16_products.c"],
+            depends=["kernels/mmd2v_kernels/cpu_forms.h"],
             extra_compile_args=["-O3", "-std=c11", "-fno-math-errno", "-fno-trapping-math"],
             optional=True,
         )

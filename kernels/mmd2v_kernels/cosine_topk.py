@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import torch
 
-from mmd2v_kernels import fp32_products
+from mmd2v_kernels import fast_products
 from mmd2v_kernels.dispatch import choose
 from mmd2v_kernels.retrieval_order import check_finite, check_shapes, exact_pairs, product_error
 
@@ -47,7 +47,7 @@ def cosine_topk(
     if not 1 <= k <= number:
         of = "the rows of the bank" if allowed_M is None else "the rows of the bank that may be found"
         raise ValueError(f"k: expected 1..{number} ({of}), found {k}")
-    obstacles = {"segmented": fp32_products.obstacle(queries_ND, bank_MD)}
+    obstacles = {"segmented": fast_products.obstacle(queries_ND, bank_MD)}
     if torch.float64 in (queries_ND.dtype, bank_MD.dtype):
         obstacles["triton"] = "the kernels have no float64"
     elif k > _LARGEST_K:

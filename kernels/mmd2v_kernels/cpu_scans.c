@@ -10,12 +10,7 @@
 #include <stdint.h>
 #include <stdlib.h>
 
-#if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__)
-/* One library for every machine: the loader picks the form for the processor that it runs on. */
-#define WIDE __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
-#else
-#define WIDE
-#endif
+#include "cpu_forms.h"
 
 #define BLOCK 64 /* scores that are looked at one by one if any of them may matter */
 
@@ -79,7 +74,7 @@ int exact_pairs(const float *queries, const float *bank, int64_t width, const in
 }
 
 /* Whether any score of a block is at least its row's bound or its column's, and how many are above their bounds. */
-WIDE static int look(const float *restrict scores, int64_t size, float row_low, float row_high,
+static inline int look(const float *restrict scores, int64_t size, float row_low, float row_high,
                      const float *restrict column_low, const float *restrict column_high, int32_t *restrict above_row,
                      int32_t *restrict above_column)
 {
@@ -95,7 +90,7 @@ WIDE static int look(const float *restrict scores, int64_t size, float row_low, 
     return close;
 }
 
-int64_t find_above(const float *scores, int64_t rows, int64_t columns, const float *row_low, const float *row_high,
+WIDE int64_t find_above(const float *scores, int64_t rows, int64_t columns, const float *row_low, const float *row_high,
                    const float *column_low, const float *column_high, int32_t *above_row, int32_t *above_column,
                    int32_t *close, int64_t *close_counts, int64_t most)
 {
@@ -127,26 +122,27 @@ int64_t find_above(const float *scores, int64_t rows, int64_t columns, const flo
     return 0;
 }
 
-#define LANES 16
+#define LANES 32 /* with 16, gcc unrolls loops over them into single scores */
+#define SEGMENT 256 /* scores whose maxima are taken at once, lane by lane: every LANES-th score is of one lane */
 
-/* The largest score of each block of a row. */
-WIDE static void block_maxima(const float *restrict scores, int64_t columns, float *restrict maxima)
+/* The largest score of each lane of each whole segment of a row. */
+static inline void lane_maxima(const float *restrict scores, int64_t segments, float *restrict maxima)
 {
-    for (int64_t first = 0; first < columns; first += BLOCK) {
-        int64_t size = columns - first < BLOCK ? columns - first : BLOCK, j = 0;
-        float lanes[LANES];
+    for (int64_t s = 0; s < segments; s++, scores += SEGMENT, maxima += LANES) {
         for (int l = 0; l < LANES; l++)
-            lanes[l] = -INFINITY;
-        for (; j + LANES <= size; j += LANES)
+            maxima[l] = scores[l];
+        for (int j = LANES; j < SEGMENT; j += LANES)
             for (int l = 0; l < LANES; l++)
-                lanes[l] = scores[first + j + l] > lanes[l] ? scores[first + j + l] : lanes[l];
-        for (; j < size; j++)
-            lanes[0] = scores[first + j] > lanes[0] ? scores[first + j] : lanes[0];
-        float found = lanes[0];
-        for (int l = 1; l < LANES; l++)
-            found = lanes[l] > found ? lanes[l] : found;
-        *maxima++ = found;
+                maxima[l] = scores[j + l] > maxima[l] ? scores[j + l] : maxima[l];
     }
+}
+
+static inline int any_reaches(const float *restrict maxima, float floor)
+{
+    int32_t found = 0;
+    for (int l = 0; l < LANES; l++)
+        found |= maxima[l] >= floor;
+    return found;
 }
 
 /* Put a score into the k best of its row, descending. */
@@ -166,43 +162,63 @@ static float floor_of(float kth, double error)
     return nextafterf((float)((double)kth - 2 * error), -INFINITY);
 }
 
-int64_t find_best(const float *scores, int64_t rows, int64_t columns, int64_t k, const double *error, float *best,
-                  int32_t *found_row, int32_t *found_column, float *found_score, int64_t most)
+WIDE int64_t find_best(const float *scores, int64_t rows, int64_t columns, int64_t k, const double *error, float *best,
+                       int32_t *found_row, int32_t *found_column, float *found_score, int64_t most)
 {
-    int64_t found = 0, blocks = (columns + BLOCK - 1) / BLOCK;
-    float *maxima = malloc((blocks + k) * sizeof *maxima), *highest = maxima + blocks;
+    int64_t found = 0, segments = columns / SEGMENT, groups = segments * LANES, rest = columns - segments * SEGMENT;
+    float *maxima = malloc((groups + k) * sizeof *maxima), *highest = maxima + groups;
     if (maxima == NULL)
         return -2;
-    for (int64_t i = 0; i < rows && found >= 0; i++) {
+    for (int64_t i = 0; i < rows; i++) {
         const float *own = scores + i * columns;
-        float *best_i = best + i * k;
-        block_maxima(own, columns, maxima);
-        /* A first bound on the k-th best: k blocks hold a score that high each, or with few blocks k scores are. */
-        for (int64_t j = 0; j < k; j++)
-            highest[j] = -INFINITY;
-        const float *seen = blocks >= 4 * k ? maxima : own;
-        for (int64_t j = 0; j < (blocks >= 4 * k ? blocks : columns); j++)
-            if (seen[j] > highest[k - 1])
-                insert(highest, k, seen[j]);
-        float kth = highest[k - 1] > best_i[k - 1] ? highest[k - 1] : best_i[k - 1], floor = floor_of(kth, error[i]);
-        for (int64_t b = 0; b < blocks; b++) {
-            int64_t first = b * BLOCK, last = first + BLOCK < columns ? first + BLOCK : columns;
-            if (!(maxima[b] >= floor))
-                continue;
-            if (found + BLOCK > most) {
-                found = -1;
-                break;
-            }
-            for (int64_t j = first; j < last; j++) {
-                if (!(own[j] >= floor))
-                    continue;
-                found_row[found] = (int32_t)i;
-                found_column[found] = (int32_t)j;
-                found_score[found++] = own[j];
-                if (own[j] > best_i[k - 1])
-                    insert(best_i, k, own[j]);
+        float *best_i = best + i * k, kth = best_i[k - 1];
+        lane_maxima(own, segments, maxima);
+        if (kth == -INFINITY) {
+            /* A first bound on the k-th best: k lanes of segments, or scores beyond them, hold one that high each. */
+            for (int64_t j = 0; j < k; j++)
+                highest[j] = -INFINITY;
+            for (int64_t j = 0; j < groups; j++)
+                if (maxima[j] > highest[k - 1])
+                    insert(highest, k, maxima[j]);
+            for (int64_t j = columns - rest; j < columns; j++)
+                if (own[j] > highest[k - 1])
+                    insert(highest, k, own[j]);
+            kth = highest[k - 1];
+        }
+        float floor = floor_of(kth, error[i]);
+        if (found + columns > most) { /* surely room for a row, or it is counted first */
+            int64_t reach = 0;
+            for (int64_t j = 0; j < columns; j++)
+                reach += own[j] >= floor;
+            if (found + reach > most) {
+                free(maxima);
+                return -1;
             }
         }
+#define TAKE(j)                                                                                                        \
+    if (own[j] >= floor) {                                                                                             \
+        found_row[found] = (int32_t)i;                                                                                 \
+        found_column[found] = (int32_t)(j);                                                                            \
+        found_score[found++] = own[j];                                                                                 \
+        if (own[j] > best_i[k - 1]) {                                                                                  \
+            insert(best_i, k, own[j]);                                                                                 \
+            if (best_i[k - 1] > kth) {                                                                                 \
+                kth = best_i[k - 1];                                                                                   \
+                floor = floor_of(kth, error[i]);                                                                       \
+            }                                                                                                          \
+        }                                                                                                              \
+    }
+        for (int64_t s = 0; s < segments; s++) {
+            if (!any_reaches(maxima + s * LANES, floor))
+                continue;
+            for (int l = 0; l < LANES; l++)
+                if (maxima[s * LANES + l] >= floor)
+                    for (int64_t j = s * SEGMENT + l; j < (s + 1) * SEGMENT; j += LANES)
+                        TAKE(j)
+        }
+        for (int64_t j = columns - rest; j < columns; j++)
+            TAKE(j)
+#undef TAKE
     }
     free(maxima);
     return found;

@@ -1,6 +1,6 @@
-"""The compiled loops of exact retrieval on the CPU (cpu_scans.c), where they were built; numpy does it elsewhere.
+"""The compiled loops of exact retrieval on the CPU (cpu_scans.c, int16_products.c), where they were built.
 
-A call lets other threads run, so pieces of a block are given to as many threads as torch uses.
+A call lets other threads run. Where there was no compiler, `numpy_scans` does what they do, more slowly.
 
 Shapes: N queries, M bank rows, D width, P pairs; r rows and m columns of a piece of scores, c candidates, k best.
 """
@@ -11,17 +11,38 @@ import ctypes
 from functools import cache
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
-__all__ = ["Above", "available", "exact_pairs", "find_above", "find_best", "multipliable", "order_best"]
+__all__ = [
+    "BANK_PANEL",
+    "QUERY_PANEL",
+    "Above",
+    "Rounded",
+    "available",
+    "exact_pairs",
+    "find_above",
+    "find_best",
+    "multipliable",
+    "multiplies_int16_faster",
+    "multiply",
+    "order_best",
+    "quantise",
+]
+
+QUERY_PANEL, BANK_PANEL = 4, 16
+"""Rows that lie interleaved in memory, as int16_products.c multiplies them."""
 
 _LONG, _POINTER = ctypes.c_int64, ctypes.c_void_p
 _SIGNATURES = {
     "exact_pairs": (ctypes.c_int, [_POINTER, _POINTER, _LONG, _POINTER, _POINTER, _LONG, _POINTER]),
     "find_above": (_LONG, [_POINTER, _LONG, _LONG, *[_POINTER] * 8, _LONG]),
     "find_best": (_LONG, [_POINTER, _LONG, _LONG, _LONG, *[_POINTER] * 5, _LONG]),
+    "multiplies_int16_faster": (ctypes.c_int, []),
+    "multiply": (None, [_POINTER, _POINTER, _LONG, _POINTER, _POINTER, _LONG, _LONG, _POINTER]),
+    "quantise": (ctypes.c_int, [_POINTER, _LONG, _LONG, _LONG, *[_POINTER] * 4]),
     "order_best": (ctypes.c_int, [_POINTER, _POINTER, _LONG, _POINTER, _POINTER, _LONG, _LONG, _POINTER, _POINTER]),
 }
 
@@ -33,11 +54,11 @@ def _library() -> ctypes.CDLL | None:
         if path.is_file():
             try:
                 library = ctypes.CDLL(str(path))
-            except OSError:  # built for another system
+                for name, (result, arguments) in _SIGNATURES.items():
+                    function = getattr(library, name)
+                    function.restype, function.argtypes = result, arguments
+            except (OSError, AttributeError):  # built for another system, or of sources that lacked a loop
                 continue
-            for name, (result, arguments) in _SIGNATURES.items():
-                function = getattr(library, name)
-                function.restype, function.argtypes = result, arguments
             return library
     return None
 
@@ -121,7 +142,7 @@ def find_best(
     """Return row, column and score of what may be among the k best of its row; None: ``most`` would not do.
 
     ``error_r`` (float64) bounds the error of a row's fp32 scores. ``best_rk`` (fp32) holds the k best scores of each
-    row seen so far, descending, −inf where there were none, and takes in those of this piece.
+    row seen so far, descending, −inf where there were none, and takes in those of this piece. Rows are in order.
     """
     row, column = np.empty((2, most), dtype=np.int32)
     score = np.empty(most, dtype=np.float32)
@@ -138,7 +159,61 @@ def find_best(
         _at(score),
         most,
     )
+    _check(found + 1)
     return None if found < 0 else (row[:found], column[:found], score[:found])
+
+
+class Rounded(NamedTuple):
+    """Rows as 16-bit integers, times a scale each, and what was lost."""
+
+    values: np.ndarray | None
+    """int16, in panels; None where only the errors were asked for."""
+    scale: np.ndarray
+    """fp32 [rows, up to a panel]; 0 for a row that is 0 or out of range."""
+    norm: np.ndarray
+    """float64 [rows]"""
+    lost: np.ndarray
+    """float64 [rows], norm of the difference."""
+
+    @classmethod
+    def empty(cls, rows: int, width: int, panel: int, values: bool) -> Rounded:
+        """Return memory for so many rows, of which ``panel`` are interleaved."""
+        padded = -(-rows // panel) * panel
+        return cls(
+            np.empty((padded, width + width % 2), dtype=np.int16) if values else None,
+            np.zeros(padded, dtype=np.float32),
+            np.empty(rows),
+            np.empty(rows),
+        )
+
+
+def multiplies_int16_faster() -> bool:
+    """Tell whether this processor multiplies 16-bit integers faster than fp32."""
+    return available() and bool(_loops().multiplies_int16_faster())
+
+
+def quantise(matrix_rD: np.ndarray, panel: int, into: Rounded, first: int) -> None:
+    """Round fp32 rows to 16-bit integers; they are those of ``into`` from ``first`` on, where a panel begins."""
+    at = [None if array is None else _at(array[first:]) for array in into]
+    _check(_loops().quantise(_at(matrix_rD), *matrix_rD.shape, panel, *at))
+
+
+def multiply(queries: Rounded, rows: slice, bank: Rounded, columns: slice, out: np.ndarray) -> np.ndarray:
+    """Return fp32 scores of rows and columns that begin with a panel, in the memory of ``out``."""
+    assert queries.values is not None and bank.values is not None
+    number, wide = rows.stop - rows.start, columns.stop - columns.start
+    scores_rm = out[: number * wide].reshape(number, wide)
+    _loops().multiply(
+        _at(queries.values[rows.start :]),
+        _at(queries.scale[rows.start :]),
+        number,
+        _at(bank.values[columns.start :]),
+        _at(bank.scale[columns.start :]),
+        wide,
+        bank.values.shape[1] // 2,
+        _at(scores_rm),
+    )
+    return scores_rm
 
 
 def order_best(

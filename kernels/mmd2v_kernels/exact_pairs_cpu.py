@@ -27,10 +27,10 @@ T = TypeVar("T")
 R = TypeVar("R")
 
 
-def in_threads(call: Callable[[T], R], items: Iterable[T]) -> list[R]:
+def in_threads(call: Callable[[T], R], items: Iterable[T], threads: int | None = None) -> list[R]:
     """Return ``call`` of each item, by as many threads as torch uses. For calls that release the interpreter's lock."""
     items = list(items)
-    threads = min(torch.get_num_threads(), len(items))
+    threads = min(threads or torch.get_num_threads(), len(items))
     if threads <= 1:
         return [call(item) for item in items]
     with ThreadPoolExecutor(threads) as pool:

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import torch
 
-from mmd2v_kernels import fp32_products
+from mmd2v_kernels import fast_products
 from mmd2v_kernels.dispatch import choose
 from mmd2v_kernels.rank_sides import Best, Side
 from mmd2v_kernels.retrieval_order import check_embeddings, check_shapes, exact_pairs, product_error
@@ -123,7 +123,7 @@ def best_positives(queries_ND: torch.Tensor, bank_MD: torch.Tensor, positives_P2
 
 
 def _path(queries_ND: torch.Tensor, bank_MD: torch.Tensor) -> str:
-    obstacles = {"segmented": fp32_products.obstacle(queries_ND, bank_MD)}
+    obstacles = {"segmented": fast_products.obstacle(queries_ND, bank_MD)}
     if torch.float64 in (queries_ND.dtype, bank_MD.dtype):
         obstacles["triton"] = "the kernels have no float64"
     elif queries_ND.device != bank_MD.device:

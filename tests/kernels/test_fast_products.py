@@ -13,29 +13,37 @@ from mmd2v_kernels import (
     cosine_topk_segmented,
     count_ahead,
     cpu_scans,
-    fp32_products,
+    fast_products,
+    numpy_scans,
     rank_count_segmented,
 )
+from mmd2v_kernels.cpu_scans import BANK_PANEL, QUERY_PANEL
 from mmd2v_kernels.retrieval_order import exact_dot, exact_pairs
 
-LIBRARIES = dict(fp32_products._LIBRARIES)
+SMALL = {"BLOCK_COLUMNS": 48, "PIECE_COLUMNS": 16, "STRIP_FP32": 8, "STRIP_INT16": 8, "ENOUGH_QUERIES": 1}
+USUAL = {name: getattr(fast_products, name) for name in SMALL}
 
 
-@pytest.fixture(autouse=True, params=["compiled", "numpy"])
+@pytest.fixture(autouse=True, params=["int16", "compiled", "numpy"])
 def loops(request, monkeypatch):
-    """Both forms of the loops, whichever was installed."""
+    """All forms of products and loops, whichever would be chosen here."""
     if request.param == "numpy":
         monkeypatch.setattr(cpu_scans, "_library", lambda: None)
-    elif not cpu_scans.available():
+        return
+    if not cpu_scans.available():
         pytest.skip("the package was installed without a C compiler")
+    if request.param == "int16" and torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"):
+        pytest.skip("the processor has no AVX2")
+    monkeypatch.setattr(cpu_scans, "multiplies_int16_faster", lambda: request.param == "int16")
 
 
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch):
+    for name, value in SMALL.items():
+        monkeypatch.setattr(fast_products, name, value)
     for module in (rank_count_segmented, cosine_topk_segmented):
-        monkeypatch.setattr(module, "BLOCK", 16 * 40)
-        monkeypatch.setattr(module, "BLOCK_COLUMNS", 40)
-        monkeypatch.setattr(module, "PIECE", 8)
+        monkeypatch.setattr(module, "AT_ONCE", 24)
+    monkeypatch.setattr(numpy_scans, "_PIECE", 4)
 
 
 def by(path, monkeypatch, call):
@@ -77,8 +85,9 @@ def test_nearest_in_blocks_are_those_of_float64(n, m, k, filtered, dtype, monkey
 @pytest.mark.parametrize("k", [1, 10, 100, 300])
 def test_no_size_of_a_bank_leaves_the_fast_path(k, monkeypatch):
     """Random rows have few candidates beyond the k best, however many or few blocks of scores there are."""
-    for name in ("BLOCK", "BLOCK_COLUMNS", "PIECE"):  # of the usual size
-        monkeypatch.setattr(cosine_topk_segmented, name, getattr(fp32_products, name))
+    for name, value in USUAL.items():
+        monkeypatch.setattr(fast_products, name, value)
+    monkeypatch.setattr(fast_products, "ENOUGH_QUERIES", 1)
     monkeypatch.setattr(sys.modules["mmd2v_kernels.cosine_topk"], "_float64_topk", None)
     torch.manual_seed(0)
     for m in (k, k + 1, 400, 3000):
@@ -120,7 +129,7 @@ def test_too_many_close_pairs_are_counted_in_float64(monkeypatch):
 def test_scores_beyond_fp32_are_left_to_float64(monkeypatch):
     queries, bank, positives = embeddings(9, 20, 16, torch.float32)
     queries, bank = queries * 1e25, bank * 1e25
-    assert fp32_products.error_of_fp32(queries, bank) is None
+    assert fast_products.fast_products(queries, bank) is None
     found, exact = (
         by(path, monkeypatch, lambda: count_ahead(queries, bank, positives)) for path in ("segmented", "reference")
     )
@@ -137,30 +146,111 @@ def test_autocast_does_not_round_the_operands(monkeypatch):
     assert torch.equal(found.row, exact.row)
 
 
-def test_rounded_operands_are_an_obstacle(monkeypatch):
-    monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: "medium")
-    assert "round" in fp32_products.obstacle(torch.zeros(1, 1))
+@pytest.mark.parametrize(("n", "m"), [(5, 300), (50, 130), (1, 40)])
+def test_threads_do_not_change_what_is_found(n, m, monkeypatch):
+    """Fewer strips than threads are cut into parts of the bank."""
+    queries, bank, positives = embeddings(n, m, 40, torch.float32)
+    exact = (
+        by("reference", monkeypatch, lambda: cosine_topk(queries, bank, 7)),
+        by("reference", monkeypatch, lambda: count_ahead(queries, bank, positives)),
+    )
+    threads = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        nearest = by("segmented", monkeypatch, lambda: cosine_topk(queries, bank, 7))
+        counts = by("segmented", monkeypatch, lambda: count_ahead(queries, bank, positives))
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(nearest, exact[0], strict=True))
+    assert torch.equal(counts.row, exact[1].row) and torch.equal(counts.column, exact[1].column)
 
 
-def test_the_bound_covers_fp32_products():
+def test_equal_bank_rows_beyond_what_is_kept_are_left_to_float64(monkeypatch):
+    monkeypatch.setattr(cosine_topk_segmented, "_KEPT", 10)
+    queries, bank = F.normalize(torch.randn(11, 20), dim=1), torch.full((700, 20), 0.25)
+    found, exact = (by(path, monkeypatch, lambda: cosine_topk(queries, bank, 2)) for path in ("segmented", "reference"))
+    assert torch.equal(found[1], exact[1]) and torch.equal(found[0], exact[0])
+    assert found[1].tolist() == [[0, 1]] * 11
+
+
+def kinds_of_rows(width):
+    """Directions at random, of one sign (large sums), of one column (which 16 bits cut off), short, long and 0."""
+    rows = [F.normalize(torch.randn(60, width), dim=1), torch.full((3, width), -1.0), torch.eye(width)[:4] * 3]
+    rows += [torch.randn(8, width) * 10.0 ** torch.randint(-15, 15, (8, 1)), torch.zeros(2, width)]
+    return torch.cat(rows)
+
+
+@pytest.mark.parametrize("width", [1, 7, 64, 768, 4099])
+def test_the_bound_covers_the_products(width):
     torch.manual_seed(0)
-    for width in (1, 7, 768):
-        queries, bank = torch.randn(30, width), torch.randn(40, width)
-        pairs = torch.cartesian_prod(torch.arange(30), torch.arange(40))
-        exact = exact_pairs(queries, bank, pairs[:, 0], pairs[:, 1]).view(30, 40)
-        error = ((queries @ bank.t()).double() - exact).abs()
-        assert (error <= fp32_products.error_of_fp32(queries, bank)[:, None]).all()
+    queries, bank = kinds_of_rows(width), kinds_of_rows(width)[:50]
+    for some in (queries, queries[:60], queries[60:65]):
+        for of_bank in (bank, kinds_of_rows(width)[60:64]):
+            products = fast_products.fast_products(some, of_bank)
+            exact = exact_pairs(some, of_bank, *torch.cartesian_prod(*map(torch.arange, (len(some), len(of_bank)))).T)
+            exact = exact.view(len(some), len(of_bank)).numpy()
+            out = np.empty(exact.size, dtype=np.float32)
+            ready, rows = products.ready(range(len(of_bank))), slice(0, len(some))
+            found = products.scores(rows, ready, slice(0, len(of_bank)), out)
+            assert (np.abs(found - exact) <= products.error_N[:, None]).all()
+
+
+def test_of_unit_rows_the_bound_is_small():
+    """Else most pairs would be scored twice."""
+    torch.manual_seed(0)
+    queries, bank = (F.normalize(torch.randn(rows, 768), dim=1) for rows in (40, 50))
+    assert fast_products.fast_products(queries, bank).error_N.max() < 4e-4
+
+
+@pytest.mark.parametrize("width", [1, 2, 33])
+@pytest.mark.parametrize(("rows", "panel"), [(1, QUERY_PANEL), (4, QUERY_PANEL), (33, BANK_PANEL), (16, BANK_PANEL)])
+def test_rounded_rows_are_theirs_in_panels_and_what_was_lost_is_measured(rows, panel, width):
+    if not cpu_scans.available():
+        pytest.skip("only the compiled loops round")
+    matrix = np.random.default_rng(0).normal(size=(rows, width)).astype(np.float32)
+    rounded = cpu_scans.Rounded.empty(rows, width, panel, values=True)
+    rounded.values[:] = 77
+    cpu_scans.quantise(matrix, panel, rounded, 0)
+    panels = (
+        rounded.values.reshape(-1, (width + 1) // 2, panel, 2).transpose(0, 2, 1, 3).reshape(len(rounded.scale), -1)
+    )
+    back = panels[:rows, :width] * rounded.scale[:rows, None].astype(np.float64)
+    assert not panels[rows:].any() and not panels[:, width:].any()
+    np.testing.assert_allclose(rounded.lost, np.linalg.norm(matrix - back, axis=1), rtol=1e-6, atol=1e-12)
+    np.testing.assert_allclose(rounded.norm, np.linalg.norm(matrix.astype(np.float64), axis=1), rtol=1e-12)
+
+
+@pytest.mark.parametrize("columns", [1, 31, 255, 256, 300, 2048])
+@pytest.mark.parametrize("k", [1, 3, 100])
+def test_a_pass_keeps_what_may_be_among_the_best(columns, k):
+    find_best = cpu_scans.find_best if cpu_scans.available() else numpy_scans.find_best
+    generator = np.random.default_rng(0)
+    error = np.full(9, 0.01)
+    best = np.full((9, k), -np.inf, dtype=np.float32)
+    seen = np.empty((9, 0), dtype=np.float32)
+    for _ in range(3):
+        scores = generator.normal(size=(9, columns)).astype(np.float32)
+        scores[2] = -np.inf  # left out
+        row, column, score = find_best(scores, error, best, scores.size)
+        assert (scores[row, column] == score).all() and (np.diff(row) >= 0).all() and (row != 2).all()
+        assert len(np.unique(row.astype(np.int64) * columns + column)) == len(row)
+        seen = np.concatenate([seen, scores], axis=1)
+        kth = -np.sort(-seen, axis=1)[:, k - 1] if seen.shape[1] >= k else np.full(9, -np.inf)
+        for r in set(range(9)) - {2}:
+            assert set(np.flatnonzero(scores[r] >= kth[r] - 0.02)) <= set(column[row == r])
+            assert best[r, -1] == kth[r]
+    assert find_best(np.zeros((9, columns), dtype=np.float32), error, np.full((9, k), -np.inf, np.float32), 0) is None
 
 
 @pytest.mark.parametrize("few", [0.0, 1.0])
 @pytest.mark.parametrize(("rows", "columns"), [(1, 1), (5, 8), (130, 2500), (3, 4097)])
 def test_what_a_pass_finds(rows, columns, few, monkeypatch):
-    monkeypatch.setattr(fp32_products, "_FEW", few)
+    monkeypatch.setattr(numpy_scans, "_FEW", few)
     scores = np.random.default_rng(0).normal(size=(rows, columns)).astype(np.float32)
     for shape in ((rows, 1), (1, columns)):
         low = np.random.default_rng(1).normal(size=shape).astype(np.float32)
         high = low + np.float32(0.1)
-        found = fp32_products.find_above(scores, low, high)
+        found = numpy_scans.find_above(scores, low, high)
         assert found.row_r.tolist() == (scores > high).sum(1).tolist()
         assert found.column_m.tolist() == (scores > high).sum(0).tolist()
         close = np.nonzero((scores >= low) & (scores <= high))
@@ -193,22 +283,5 @@ def test_norms_are_bounded_from_above(scale):
     torch.manual_seed(0)
     rows = scale * torch.randn(50, 300)
     rows[3] = 0
-    exact, bound = rows.double().norm(dim=1), fp32_products._norms(rows)
+    exact, bound = rows.double().norm(dim=1), fast_products._norms(rows)
     assert (bound >= exact).all() and (bound <= 1.001 * exact + 1e-17).all()
-
-
-def test_the_faster_library_multiplies_from_the_third_product_on(monkeypatch):
-    """Both say the same within the bound; each is tried twice."""
-    called = []
-    calls = {name: lambda *a, name=name, call=call: (called.append(name), call(*a)) for name, call in LIBRARIES.items()}
-    monkeypatch.setattr(fp32_products, "_LIBRARIES", calls)
-    monkeypatch.setattr(fp32_products, "_TELLING", 1)
-    monkeypatch.setattr(fp32_products, "_pace", {})
-    clock = iter([0, 1, 0, 2, 0, 1, 0, 2, *[0] * 20])  # torch takes 1 s and numpy 2
-    monkeypatch.setattr(fp32_products, "perf_counter", lambda: next(clock))
-    queries, bank = torch.randn(20, 64), torch.randn(30, 64)
-    exact, error = queries.double() @ bank.double().T, fp32_products.error_of_fp32(queries, bank)
-    for _ in range(6):
-        found = fp32_products.product(queries, bank, torch.empty(600))
-        assert ((found - exact).abs() <= error[:, None]).all()
-    assert called == ["torch", "numpy", "torch", "numpy", "torch", "torch"]

@@ -39,8 +39,17 @@ WEIGHT_GRADIENTS = [
     Tiles(wgrad=(128, 128, 64), chunk=16384),
     Tiles(wgrad=(128, 256, 64), wgrad_warps=8, chunk=16384),
 ]
+FLAT = [
+    Tiles(),
+    Tiles(flat=2048),
+    Tiles(flat=2048, epilogue_warps=8),
+    Tiles(flat=512, epilogue_warps=2),
+]
 EPILOGUES = [
     Tiles(),
+    Tiles(step=64),
+    Tiles(step=32),
+    Tiles(step=8),
     Tiles(epilogue=(64, 64)),
     Tiles(epilogue=(64, 128), epilogue_warps=8),
     Tiles(epilogue=(128, 128), epilogue_warps=8),
@@ -157,7 +166,7 @@ def main() -> int:
                 print("out of time: the others are left out")
                 break
             own = WEIGHT_GRADIENTS if part == "wgrad" else PRODUCTS
-            after = EPILOGUES if part in ("fc1", "fc2", "dgrad2") else [Tiles()]
+            after = {"fc1": FLAT, "fc2": EPILOGUES, "dgrad2": EPILOGUES}.get(part, [Tiles()])
             if tiny:
                 small = Tiles(32, 32, 16, 16, wgrad=(16, 32, 16), chunk=32, norm=16, epilogue=(16, 32))
                 own = after = [small]

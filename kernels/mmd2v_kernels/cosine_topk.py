@@ -32,7 +32,8 @@ def cosine_topk(
     The rows are expected L2-normalised, so that their dot product is the cosine; the order is by score, then lowest
     index (`retrieval_order`). ``allowed_M`` (bool) leaves bank rows out. The bank may be in host memory, or mapped into
     it, while the queries are on a device: it is then copied there in blocks. Memory beyond the inputs and the result:
-    one block of scores and its candidates.
+    blocks of scores and their candidates; on the CPU also 16-bit integers of up to 32,768 queries and a block of the
+    bank.
     Raises ValueError unless 1 <= k <= the rows that may be found and the embeddings are finite and of one width.
     """
     check_shapes(queries_ND, bank_MD)

@@ -14,14 +14,14 @@ import torch
 
 from mmd2v_kernels import cpu_scans, numpy_scans
 from mmd2v_kernels.exact_pairs_cpu import exact_pairs, in_threads
-from mmd2v_kernels.fast_products import AT_ONCE, Products, fast_products, sweep
+from mmd2v_kernels.fast_products import AT_ONCE, Products, choose_products, sweep
 from mmd2v_kernels.numpy_scans import below, place_in_row
 from mmd2v_kernels.retrieval_order import check_finite
 
 __all__ = ["topk"]
 
-_KEPT = 1 << 19
-"""Candidates that any strip may have."""
+_KEPT = 256
+"""Candidates that a query may have, however few are asked for: 170 MB of all whose state is kept."""
 _BEST_AT_ONCE = 1 << 23
 """Scores of the k best of all queries whose state is kept."""
 
@@ -32,11 +32,12 @@ def topk(
     k: int,
     allowed_M: torch.Tensor | None,
     in_float64: Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], tuple[torch.Tensor, torch.Tensor]],
+    precise: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor] | None:
     """Do what `mmd2v_kernels.cosine_topk` says; None: the range of the scores is beyond fp32's.
 
-    Raises ValueError for values that are not finite. ``in_float64(queries, bank, allowed)`` does it for queries with
-    too many candidates.
+    Raises ValueError for values that are not finite. Queries with too many candidates are searched again by ``precise``
+    products, and then by ``in_float64(queries, bank, allowed)``.
     """
     banned_M = None if allowed_M is None else ~allowed_M.numpy()
     score_Nk = torch.empty(len(queries_ND), k, dtype=torch.float64)
@@ -44,7 +45,7 @@ def topk(
     at_once = max(1, min(AT_ONCE, _BEST_AT_ONCE // k))
     for top in range(0, len(queries_ND), at_once):
         queries_nD = queries_ND[top : top + at_once]
-        products = fast_products(queries_nD, bank_MD)
+        products = choose_products(queries_nD, bank_MD, precise)
         if products is None:
             check_finite(queries=queries_ND, bank=bank_MD)
             return None
@@ -57,10 +58,15 @@ def topk(
             rows, parts = of_strip
             _order(queries_nD[rows], bank_MD, _merged(parts), score_nk[rows], index_nk[rows])
 
-        in_threads(order, [(rows, parts) for rows, parts in found if not _any_full(parts)])
-        for rows, parts in found:
-            if _any_full(parts):
-                score_nk[rows], index_nk[rows] = in_float64(queries_nD[rows], bank_MD, allowed_M)
+        complete = [(rows, parts) for rows, parts in found if not _any_full(parts)]
+        # Without the compiled loop exact scores are given to threads themselves.
+        in_threads(order, complete, threads=None if cpu_scans.multipliable(queries_nD, bank_MD) else 1)
+        for rows in [rows for rows, parts in found if _any_full(parts)]:
+            again = topk(queries_nD[rows], bank_MD, k, allowed_M, in_float64, precise=True) if products.coarse else None
+            if again is None:
+                again = in_float64(queries_nD[rows], bank_MD, allowed_M)
+            score_nk[rows], index_nk[rows] = again
+        del products, found, complete, order  # before the next queries' take their place
     return score_Nk, index_Nk
 
 
@@ -70,7 +76,8 @@ class _Candidates:
     def __init__(self, error_r: np.ndarray, k: int) -> None:
         self.error_r = error_r
         self.best_rk = np.full((len(error_r), k), -np.inf, dtype=np.float32)
-        self.most = max(len(error_r) * (4 * k + 64), _KEPT)
+        self.most = len(error_r) * max(4 * k + 64, _KEPT)
+        self.number = 0
         self.kept: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
         """Row of the strip, row of the bank, score."""
         self.full = False
@@ -84,12 +91,21 @@ class _Candidates:
         find_best = cpu_scans.find_best if cpu_scans.available() else numpy_scans.find_best
         found = find_best(scores_rm, self.error_r, self.best_rk, most)
         if found is None:
-            self.full = True
+            self.give_up()
             return
-        self.kept.append((found[0].astype(np.int64), found[1].astype(np.int64) + columns.start, found[2]))
-        if sum(len(row) for row, _, _ in self.kept) > self.most:
+        # Copies, as what was found are views of memory for much more.
+        self.kept.append((found[0].astype(np.int64), found[1].astype(np.int64) + columns.start, found[2].copy()))
+        self.number += len(found[0])
+        if self.number > self.most:
             self.kept = [self.reaching(below(self.best_rk[:, -1], self.error_r))]
-            self.full = len(self.kept[0][0]) > self.most
+            self.number = len(self.kept[0][0])
+            if self.number > self.most:
+                self.give_up()
+
+    def give_up(self) -> None:
+        """Keep nothing."""
+        self.full = True
+        self.kept.clear()
 
     def reaching(self, floor_r: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Return the candidates whose score is at least their row's floor."""

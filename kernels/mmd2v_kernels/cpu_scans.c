@@ -73,10 +73,10 @@ int exact_pairs(const float *queries, const float *bank, int64_t width, const in
     return 0;
 }
 
-/* Whether any score of a block is at least its row's bound or its column's, and how many are above their bounds. */
+/* Whether any score of a block is between its row's bounds or its column's, and how many are above them. */
 static inline int look(const float *restrict scores, int64_t size, float row_low, float row_high,
-                     const float *restrict column_low, const float *restrict column_high, int32_t *restrict above_row,
-                     int32_t *restrict above_column)
+                       const float *restrict column_low, const float *restrict column_high, int32_t *restrict above_row,
+                       int32_t *restrict above_column)
 {
     int32_t close = 0, above = 0;
     for (int64_t j = 0; j < size; j++) {
@@ -91,8 +91,8 @@ static inline int look(const float *restrict scores, int64_t size, float row_low
 }
 
 WIDE int64_t find_above(const float *scores, int64_t rows, int64_t columns, const float *row_low, const float *row_high,
-                   const float *column_low, const float *column_high, int32_t *above_row, int32_t *above_column,
-                   int32_t *close, int64_t *close_counts, int64_t most)
+                        const float *column_low, const float *column_high, int32_t *above_row, int32_t *above_column,
+                        int32_t *close, int64_t *close_counts, int64_t most)
 {
     /* close[0] and [1]: row and column of what is close to its row's bounds; [2] and [3]: to its column's. */
     int64_t of_row = 0, of_column = 0;
@@ -173,7 +173,11 @@ WIDE int64_t find_best(const float *scores, int64_t rows, int64_t columns, int64
         const float *own = scores + i * columns;
         float *best_i = best + i * k, kth = best_i[k - 1];
         lane_maxima(own, segments, maxima);
-        if (kth == -INFINITY) {
+        float floor = floor_of(kth, error[i]);
+        int64_t over = 0;
+        for (int64_t j = 0; j < groups; j++)
+            over += maxima[j] >= floor;
+        if (kth == -INFINITY || over > 4 * k) {
             /* A first bound on the k-th best: k lanes of segments, or scores beyond them, hold one that high each. */
             for (int64_t j = 0; j < k; j++)
                 highest[j] = -INFINITY;
@@ -183,9 +187,9 @@ WIDE int64_t find_best(const float *scores, int64_t rows, int64_t columns, int64
             for (int64_t j = columns - rest; j < columns; j++)
                 if (own[j] > highest[k - 1])
                     insert(highest, k, own[j]);
-            kth = highest[k - 1];
+            kth = highest[k - 1] > kth ? highest[k - 1] : kth;
+            floor = floor_of(kth, error[i]);
         }
-        float floor = floor_of(kth, error[i]);
         if (found + columns > most) { /* surely room for a row, or it is counted first */
             int64_t reach = 0;
             for (int64_t j = 0; j < columns; j++)

@@ -41,6 +41,7 @@ _SIGNATURES = {
     "find_above": (_LONG, [_POINTER, _LONG, _LONG, *[_POINTER] * 8, _LONG]),
     "find_best": (_LONG, [_POINTER, _LONG, _LONG, _LONG, *[_POINTER] * 5, _LONG]),
     "multiplies_int16_faster": (ctypes.c_int, []),
+    "panel_of": (_LONG, [ctypes.c_int]),
     "multiply": (None, [_POINTER, _POINTER, _LONG, _POINTER, _POINTER, _LONG, _LONG, _POINTER]),
     "quantise": (ctypes.c_int, [_POINTER, _LONG, _LONG, _LONG, *[_POINTER] * 4]),
     "order_best": (ctypes.c_int, [_POINTER, _POINTER, _LONG, _POINTER, _POINTER, _LONG, _LONG, _POINTER, _POINTER]),
@@ -59,7 +60,8 @@ def _library() -> ctypes.CDLL | None:
                     function.restype, function.argtypes = result, arguments
             except (OSError, AttributeError):  # built for another system, or of sources that lacked a loop
                 continue
-            return library
+            if (library.panel_of(0), library.panel_of(1)) == (QUERY_PANEL, BANK_PANEL):
+                return library
     return None
 
 

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 
 from mmd2v_kernels.dispatch import choose
 from mmd2v_kernels.expert_mlp_segmented import segmented_expert_mlp
+from mmd2v_kernels.half_products import product_dtype
 
 __all__ = ["Expert", "expert_mlp"]
 
@@ -85,7 +86,7 @@ def expert_mlp(
     if torch.compiler.is_compiling() or torch.jit.is_tracing():
         out_TD, branch_RD = _reference(x_TD, experts, rows, **how, index_R=index_R)
         return (out_TD, _everywhere(branch_RD, index_R, len(x_TD))) if with_branch else out_TD
-    products = _product_dtype(x_TD)
+    products = product_dtype(x_TD)
     obstacle = _obstacle(x_TD, experts, row_scale_T, products)
     obstacles = {} if obstacle is None else {"segmented": obstacle, "triton": obstacle}
     no_kernel = _no_kernel(experts, norm, dropout, with_branch)
@@ -106,14 +107,6 @@ def expert_mlp(
                 x_TD, experts, rows, **how, index_R=index_R, with_branch=with_branch, stored=products
             )
     return (out_TD, _everywhere(branch_RD, index_R, len(x_TD))) if with_branch else out_TD
-
-
-def _product_dtype(x_TD: torch.Tensor) -> torch.dtype:
-    """Return the dtype of the matrix products, which autocast may lower."""
-    device = x_TD.device.type
-    if x_TD.dtype != torch.float64 and torch.is_autocast_enabled(device):
-        return torch.get_autocast_dtype(device)
-    return x_TD.dtype
 
 
 def _obstacle(

@@ -12,8 +12,9 @@ from __future__ import annotations
 
 import importlib.util
 import math
+import threading
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache
 from typing import Any, Protocol, TypeVar
 
@@ -24,7 +25,7 @@ from mmd2v_kernels import cpu_scans
 from mmd2v_kernels.cpu_scans import BANK_PANEL, QUERY_PANEL
 from mmd2v_kernels.exact_pairs_cpu import in_threads
 
-__all__ = ["AT_ONCE", "fast_products", "obstacle", "sweep"]
+__all__ = ["AT_ONCE", "Products", "choose_products", "obstacle", "sweep"]
 
 AT_ONCE = 1 << 15
 """Queries whose state is kept while the bank goes by: 50 MB of 16-bit integers at width 768."""
@@ -36,6 +37,12 @@ ENOUGH_QUERIES = 1024
 """Below, rounding the bank costs what its faster products save."""
 _READY_ROWS = 1024
 """At a time, of a whole number of panels."""
+_WIDEST_INT16 = 1 << 18
+"""Beyond, rounding might take sums out of 32 bits."""
+_COARSEST = 2.0**-9
+"""Error of 16 bits, of ‖q‖‖b‖, up to which they pay: rows of width 768 with no outlier have a fifth of it."""
+_ONE_THREAD = threading.Lock()
+"""Of numpy's library, whose number of threads belongs to the whole process."""
 
 T = TypeVar("T")
 
@@ -56,6 +63,8 @@ class Products(Protocol):
     """float64, for each query a bound on |score − exact score| over the whole bank."""
     strip: int
     """Queries of a piece."""
+    coarse: bool
+    """There are products of a smaller error."""
 
     def ready(self, columns: range) -> Any:
         """Make bank rows ready for `scores`."""
@@ -70,12 +79,16 @@ class Products(Protocol):
         """Return what makes each product run on the thread that asks for it."""
 
 
-def fast_products(queries_ND: torch.Tensor, bank_MD: torch.Tensor) -> Products | None:
-    """Return the products to use; None: their sums might leave fp32's range, or values are not finite."""
+def choose_products(queries_ND: torch.Tensor, bank_MD: torch.Tensor, precise: bool = False) -> Products | None:
+    """Return the products to use; None: their sums might leave fp32's range, or values are not finite.
+
+    ``precise`` asks for those of the smaller error, where too many scores were close to a threshold.
+    """
     queries_ND, bank_MD = queries_ND.detach(), bank_MD.detach()
-    if len(queries_ND) >= ENOUGH_QUERIES and cpu_scans.multiplies_int16_faster():
+    enough = len(queries_ND) >= ENOUGH_QUERIES and queries_ND.shape[1] <= _WIDEST_INT16
+    if enough and not precise and cpu_scans.multiplies_int16_faster():
         rounded = _Int16Products(queries_ND, bank_MD)
-        if np.isfinite(rounded.error_N).all():
+        if rounded.pays:
             return rounded
     return _Fp32Products.of(queries_ND, bank_MD)
 
@@ -90,23 +103,23 @@ def sweep(
     """
     strips = [slice(top, min(top + products.strip, rows)) for top in range(0, rows, products.strip)]
     threads = products.threads()
-    parts = 1 if len(strips) >= 2 * threads else threads
+    parts = max(1, -(-2 * threads // len(strips)))
     memory: list[np.ndarray] = []
 
     for left in range(0, columns, BLOCK_COLUMNS):
         block = range(left, min(left + BLOCK_COLUMNS, columns))
         ready = products.ready(block)
-        wide = -(-len(block) // parts // BANK_PANEL) * BANK_PANEL if parts > 1 else len(block)
+        of_part = -(-len(block) // parts // BANK_PANEL) * BANK_PANEL if parts > 1 else len(block)
 
-        def job(strip_and_part: tuple[slice, int], block=block, ready=ready, wide=wide) -> list[T]:
+        def job(strip_and_part: tuple[slice, int], block=block, ready=ready, of_part=of_part) -> list[T]:
             strip, part = strip_and_part
             try:
                 out = memory.pop()
             except IndexError:
                 out = np.empty(min(products.strip, rows) * min(PIECE_COLUMNS, columns), dtype=np.float32)
             found = []
-            end = min((part + 1) * wide, len(block))
-            for first in range(part * wide, end, PIECE_COLUMNS):
+            end = min((part + 1) * of_part, len(block))
+            for first in range(part * of_part, end, PIECE_COLUMNS):
                 piece = slice(first, min(first + PIECE_COLUMNS, end))
                 scores_rm = products.scores(strip, ready, piece, out)
                 found.append(look(strip, part, range(block.start + piece.start, block.start + piece.stop), scores_rm))
@@ -121,6 +134,8 @@ def sweep(
 class _Fp32Products:
     """By numpy's library."""
 
+    coarse = False
+
     def __init__(self, queries_ND: torch.Tensor, bank_MD: torch.Tensor, error_N: np.ndarray) -> None:
         self._queries_ND, self._bank_MD, self.error_N = queries_ND, bank_MD, error_N
         self.strip = STRIP_FP32
@@ -128,7 +143,7 @@ class _Fp32Products:
     @classmethod
     def of(cls, queries_ND: torch.Tensor, bank_MD: torch.Tensor) -> _Fp32Products | None:
         """Return the products, or None where a sum might leave fp32's range."""
-        error_N = error_of_fp32(queries_ND, bank_MD)
+        error_N = _error_of_fp32(queries_ND, bank_MD)
         return None if error_N is None else cls(queries_ND, bank_MD, error_N.numpy())
 
     def ready(self, columns: range) -> np.ndarray:
@@ -143,12 +158,18 @@ class _Fp32Products:
         return torch.get_num_threads() if _limits_threads() else 1
 
     def alone(self) -> AbstractContextManager:
-        return _thread_pools().limit(limits=1, user_api="blas") if _limits_threads() else nullcontext()
+        return _one_thread() if _limits_threads() else nullcontext()
 
 
 def _limits_threads() -> bool:
     """Tell whether numpy's library can be held to one thread: a machine for the kernels alone need not have it."""
     return importlib.util.find_spec("threadpoolctl") is not None
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    with _ONE_THREAD, _thread_pools().limit(limits=1, user_api="blas"):
+        yield
 
 
 @cache
@@ -161,16 +182,21 @@ def _thread_pools() -> Any:
 class _Int16Products:
     """By rows rounded to 16-bit integers."""
 
+    coarse = True
+
     def __init__(self, queries_ND: torch.Tensor, bank_MD: torch.Tensor) -> None:
         self._bank_MD = bank_MD
         self._queries = _rounded(queries_ND, QUERY_PANEL)
         self.strip = STRIP_INT16
         bank = _rounded(bank_MD, BANK_PANEL, values=False)
         # |q·b − q̃·b̃| ≤ ‖q − q̃‖‖b‖ + ‖q̃‖‖b − b̃‖; the sums are exact, and scaling them rounds three times.
-        norm_N, lost_N, longest, most = self._queries.norm, self._queries.lost, bank.norm.max(), bank.lost.max()
+        norm_N, lost_N, longest, largest_lost = self._queries.norm, self._queries.lost, bank.norm.max(), bank.lost.max()
         with np.errstate(invalid="ignore"):  # of what is not finite the error is not either
-            roundings = 2.0**-22 * (norm_N + lost_N) * (longest + most)
-            self.error_N = 1.001 * (lost_N * longest + (norm_N + lost_N) * most + roundings)
+            roundings = 2.0**-22 * (norm_N + lost_N) * (longest + largest_lost)
+            self.error_N = 1.001 * (lost_N * longest + (norm_N + lost_N) * largest_lost + roundings)
+            small = self.error_N <= _COARSEST * norm_N * longest
+            self.pays = bool((small & np.isfinite(self.error_N)).all())
+            """No row has a number so large beside its others that it does not fit or little is left of them."""
 
     def ready(self, columns: range) -> cpu_scans.Rounded:
         return _rounded(self._bank_MD[columns.start : columns.stop], BANK_PANEL)
@@ -196,7 +222,7 @@ def _rounded(matrix: torch.Tensor, panel: int, values: bool = True) -> cpu_scans
     return found
 
 
-def error_of_fp32(queries_ND: torch.Tensor, bank_MD: torch.Tensor) -> torch.Tensor | None:
+def _error_of_fp32(queries_ND: torch.Tensor, bank_MD: torch.Tensor) -> torch.Tensor | None:
     """Return for each query a bound on |fp32 product − exact score| over the whole bank, float64 [N].
 
     D roundings of 2⁻²⁴ at most, in any order, each relative to Σ|q·b| ≤ ‖q‖‖b‖ (Higham, Accuracy and Stability of

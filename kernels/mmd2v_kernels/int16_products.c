@@ -13,7 +13,9 @@
 #include "cpu_forms.h"
 
 #define LARGEST 32767
-#define NORM 46000.0 /* of a row's integers: products of two norms, and so all sums on the way, fit 32 bits */
+#define NORM 46000.0 /* of a row's integers: two norms, and so all sums on the way, fit 32 bits up to width 2^18 */
+#define QUERIES 4    /* rows of a panel of queries; with more, sums leave the registers */
+#define BANK 16      /* and of the bank */
 
 /* Round a row to multiples of its scale; returns the square of the norm of what is lost. */
 WIDE static double round_row(const float *restrict row, int64_t width, float scale, float *restrict rounded)
@@ -56,6 +58,11 @@ WIDE static double square_of_norm(const float *restrict row, int64_t width)
     return total;
 }
 
+int64_t panel_of(int is_bank)
+{
+    return is_bank ? BANK : QUERIES;
+}
+
 int quantise(const float *matrix, int64_t rows, int64_t width, int64_t panel, int16_t *values, float *scale,
              double *norm, double *lost)
 {
@@ -69,7 +76,7 @@ int quantise(const float *matrix, int64_t rows, int64_t width, int64_t panel, in
         scale[i] = (float)(norm[i] / NORM);
         if (!(norm[i] > 1e-12 && norm[i] < 1e12)) {
             scale[i] = 0;
-            lost[i] = norm[i] <= 1e-12 ? norm[i] : INFINITY; /* nothing is left of a short row, and no bound for others */
+            lost[i] = norm[i] <= 1e-12 ? norm[i] : INFINITY; /* all of a short row; of others nobody knows */
             memset(rounded, 0, (width + 1) * sizeof *rounded);
         } else {
             lost[i] = sqrt(round_row(row, width, scale[i], rounded));
@@ -93,9 +100,6 @@ int quantise(const float *matrix, int64_t rows, int64_t width, int64_t panel, in
 
 #if defined(__x86_64__) && defined(__GNUC__)
 #include <immintrin.h>
-
-#define QUERIES 4 /* rows of a panel of queries; with more, sums leave the registers */
-#define BANK 16   /* and of the bank */
 
 #define ROW(r)                                                                                                         \
     pair = _mm256_set1_epi32(queries[QUERIES * p + r]);                                                                \

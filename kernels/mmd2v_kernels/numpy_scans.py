@@ -76,9 +76,7 @@ def find_best(
     """
     rows, columns = scores_rm.shape
     k = best_rk.shape[1]
-    floor_r = below(best_rk[:, -1], error_r)
-    if np.isneginf(best_rk[:, -1]).any():
-        np.maximum(floor_r, below(_kth_at_least(scores_rm, k), error_r), out=floor_r)
+    floor_r = np.maximum(below(best_rk[:, -1], error_r), below(_kth_at_least(scores_rm, k), error_r))
     reaches = np.zeros((rows, (columns + 7) // 8), dtype=np.int64)
     np.greater_equal(scores_rm, floor_r[:, None], out=reaches.view(np.bool_)[:, :columns])
     r, c = _set_bytes(reaches)

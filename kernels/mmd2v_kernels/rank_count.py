@@ -73,8 +73,9 @@ def count_ahead(
     This is `rank_count` for several processes that hold the same embeddings: each takes a range of rows, and the sum
     of their counts is that of the whole. Or each holds a part of the bank with the positives in it, and ``row_best`` is
     the best of all their `best_positives`, counted from the part's first row: the row counts then add up, and the
-    column counts are those of the part. Rows without positive count nothing. Memory beyond the inputs: one block of
-    scores and the pairs in it that are too close to call. Raises ValueError as `rank_count` does.
+    column counts are those of the part. Rows without positive count nothing. Memory beyond the inputs: blocks of
+    scores and the pairs in them that are too close to call, and on the CPU 16-bit integers of up to 32,768 queries and
+    a block of the bank. Raises ValueError as `rank_count` does.
     """
     path = _path(queries_ND, bank_MD)
     (check_embeddings if path == "reference" else check_shapes)(

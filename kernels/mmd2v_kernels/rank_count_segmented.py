@@ -16,7 +16,7 @@ import torch
 
 from mmd2v_kernels import cpu_scans
 from mmd2v_kernels.exact_pairs_cpu import exact_pairs
-from mmd2v_kernels.fast_products import AT_ONCE, fast_products, sweep
+from mmd2v_kernels.fast_products import AT_ONCE, Products, choose_products, sweep
 from mmd2v_kernels.numpy_scans import Close, find_above
 from mmd2v_kernels.rank_sides import Best, Side
 from mmd2v_kernels.retrieval_order import check_finite
@@ -27,6 +27,8 @@ _CLOSE_SHARE = 1 / 64
 """Of a piece's pairs: with more of them close, its float64 product costs less than their exact scores."""
 _FEW_CLOSE = 4096
 """So many are scored exactly in any piece."""
+_CLEAR = 0.75
+"""Share of the first pieces that must not have more for coarse products to go on."""
 
 
 def count_sides(
@@ -43,45 +45,55 @@ def count_sides(
     Raises ValueError for values that are not finite.
     ``in_float64(row, column, rows, columns)`` counts a piece that has too many close pairs.
     """
-    if first == last:
+    if last - first < len(queries_ND):  # no product here sees the others, but all ranks are to say the same
         check_finite(queries=queries_ND, bank=bank_MD)
     score_P = exact_pairs(queries_ND, bank_MD, pairs_2P[0], pairs_2P[1])
     row, column = Side.both(pairs_2P, score_P, len(queries_ND), len(bank_MD), row_best)
     positives = (pairs_2P[0] * len(bank_MD) + pairs_2P[1]).unique().numpy()  # sorted
     for top in range(first, last, AT_ONCE):
         rows = range(top, min(top + AT_ONCE, last))
-        products = fast_products(queries_ND[rows.start : rows.stop], bank_MD)
-        if products is None:
-            check_finite(queries=queries_ND, bank=bank_MD)
-            return None
-        row_bounds = _bounds(row.threshold[rows.start : rows.stop], products.error_N)
-
-        def look(
-            strip: slice,
-            _: int,
-            columns: range,
-            scores_rm: np.ndarray,
-            products=products,
-            row_bounds=row_bounds,
-            top=top,
-        ) -> _Piece:
-            # Of all the strip's errors the largest: a column has one pair of bounds.
-            column_bounds = _bounds(column.threshold[columns.start : columns.stop], products.error_N[strip].max())
-            both = _both_sides(scores_rm, [bound[strip] for bound in row_bounds], column_bounds)
-            return _Piece(range(top + strip.start, top + strip.stop), columns, both)
-
-        for pieces in sweep(products, len(rows), len(bank_MD), look):
-            for piece in pieces:
-                if piece.both is None:
-                    in_float64(row, column, piece.rows, piece.columns)
-                    continue
-                for side, of_side, own in (
-                    (row, piece.both[0].row_r, piece.rows),
-                    (column, piece.both[1].column_m, piece.columns),
-                ):
-                    side.counts[0, own.start : own.stop] += torch.from_numpy(of_side)
-            _settle(queries_ND, bank_MD, row, column, positives, [piece for piece in pieces if piece.both is not None])
+        for precise in (False, True):
+            products = choose_products(queries_ND[rows.start : rows.stop], bank_MD, precise)
+            if products is None:
+                check_finite(queries=queries_ND, bank=bank_MD)
+                return None
+            if _count_rows(queries_ND, bank_MD, row, column, positives, rows, products, in_float64):
+                break
     return row, column
+
+
+def _count_rows(
+    queries_ND: torch.Tensor,
+    bank_MD: torch.Tensor,
+    row: Side,
+    column: Side,
+    positives: np.ndarray,
+    rows: range,
+    products: Products,
+    in_float64: Callable[[Side, Side, range, range], None],
+) -> bool:
+    """Add what these query rows contribute; False, and nothing is added: more precise products suit them better."""
+    row_bounds = _bounds(row.threshold[rows.start : rows.stop], products.error_N)
+
+    def look(strip: slice, _: int, columns: range, scores_rm: np.ndarray) -> _Piece:
+        # Of all the strip's errors the largest: a column has one pair of bounds.
+        column_bounds = _bounds(column.threshold[columns.start : columns.stop], products.error_N[strip].max())
+        both = _both_sides(scores_rm, [bound[strip] for bound in row_bounds], column_bounds)
+        return _Piece(range(rows.start + strip.start, rows.start + strip.stop), columns, both)
+
+    for number, pieces in enumerate(sweep(products, len(rows), len(bank_MD), look)):
+        clear = [piece for piece in pieces if piece.both is not None]
+        if number == 0 and products.coarse and len(clear) < _CLEAR * len(pieces):
+            return False
+        for piece in pieces:
+            if piece.both is None:
+                in_float64(row, column, piece.rows, piece.columns)
+                continue
+            of_row, of_column = piece.both
+            row.counts[0, piece.rows.start : piece.rows.stop] += torch.from_numpy(of_row.row_r)
+            column.counts[0, piece.columns.start : piece.columns.stop] += torch.from_numpy(of_column.column_m)
+        _settle(queries_ND, bank_MD, row, column, positives, clear)
+    return True
 
 
 class _Piece(NamedTuple):
@@ -101,9 +113,9 @@ def _settle(
     positives: np.ndarray,
     pieces: Sequence[_Piece],
 ) -> None:
-    """Count the close pairs of pieces by their exact scores; positives are not counted."""
+    """Count the close pairs of pieces, none of which has too many, by exact scores; positives are not counted."""
     for side, which in ((row, 0), (column, 1)):
-        found = [(piece.both[which], piece) for piece in pieces if piece.both is not None]
+        found = [(piece.both[which], piece) for piece in pieces]
         r, c = (
             np.concatenate([np.empty(0, dtype=np.int64), *parts])
             for parts in (

@@ -1,6 +1,6 @@
 """A transformer layer whose attention and MLP (each with its norm) are owned a modality or shared.
 
-Shapes: T rows of all sequences ordered by modality, D width, F hidden width, H heads, K width of a head.
+Shapes: T rows of all sequences ordered by modality, D width, E another one, F hidden width, H heads, K width of a head.
 """
 
 from __future__ import annotations

@@ -205,7 +205,16 @@ def small_tiles() -> Iterator[None]:
     shipped = expert_mlp_triton.TILES
     if INTERPRETED:
         expert_mlp_triton.TILES = expert_mlp_triton.Tiles(
-            rows=32, columns=32, gelu_columns=16, depth=16, wgrad=(16, 32, 16), chunk=40, norm=16, epilogue=(16, 32)
+            rows=32,
+            columns=32,
+            gelu_columns=16,
+            depth=16,
+            wgrad=(16, 32, 16),
+            chunk=40,
+            norm=16,
+            epilogue=(16, 32),
+            step=8,
+            flat=64,
         )
     try:
         yield

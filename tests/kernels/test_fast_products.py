@@ -29,12 +29,13 @@ def loops(request, monkeypatch):
     """All forms of products and loops, whichever would be chosen here."""
     if request.param == "numpy":
         monkeypatch.setattr(cpu_scans, "_library", lambda: None)
-        return
+        return request.param
     if not cpu_scans.available():
         pytest.skip("the package was installed without a C compiler")
     if request.param == "int16" and torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"):
         pytest.skip("the processor has no AVX2")
     monkeypatch.setattr(cpu_scans, "multiplies_int16_faster", lambda: request.param == "int16")
+    return request.param
 
 
 @pytest.fixture(autouse=True)
@@ -129,7 +130,7 @@ def test_too_many_close_pairs_are_counted_in_float64(monkeypatch):
 def test_scores_beyond_fp32_are_left_to_float64(monkeypatch):
     queries, bank, positives = embeddings(9, 20, 16, torch.float32)
     queries, bank = queries * 1e25, bank * 1e25
-    assert fast_products.fast_products(queries, bank) is None
+    assert fast_products.choose_products(queries, bank) is None
     found, exact = (
         by(path, monkeypatch, lambda: count_ahead(queries, bank, positives)) for path in ("segmented", "reference")
     )
@@ -186,7 +187,7 @@ def test_the_bound_covers_the_products(width):
     queries, bank = kinds_of_rows(width), kinds_of_rows(width)[:50]
     for some in (queries, queries[:60], queries[60:65]):
         for of_bank in (bank, kinds_of_rows(width)[60:64]):
-            products = fast_products.fast_products(some, of_bank)
+            products = fast_products.choose_products(some, of_bank)
             exact = exact_pairs(some, of_bank, *torch.cartesian_prod(*map(torch.arange, (len(some), len(of_bank)))).T)
             exact = exact.view(len(some), len(of_bank)).numpy()
             out = np.empty(exact.size, dtype=np.float32)
@@ -195,11 +196,88 @@ def test_the_bound_covers_the_products(width):
             assert (np.abs(found - exact) <= products.error_N[:, None]).all()
 
 
+def unit_rows(*numbers, width=768):
+    torch.manual_seed(0)
+    return (F.normalize(torch.randn(rows, width), dim=1) for rows in numbers)
+
+
 def test_of_unit_rows_the_bound_is_small():
     """Else most pairs would be scored twice."""
-    torch.manual_seed(0)
-    queries, bank = (F.normalize(torch.randn(rows, 768), dim=1) for rows in (40, 50))
-    assert fast_products.fast_products(queries, bank).error_N.max() < 4e-4
+    assert fast_products.choose_products(*unit_rows(40, 50)).error_N.max() < 4e-4
+
+
+def test_rows_that_16_bits_do_not_suit_are_multiplied_in_fp32(loops):
+    queries, bank = unit_rows(40, 50)
+    bank[7] *= 1e-14  # all of it is lost, which is little beside the others
+    bank[9] = 0
+    assert fast_products.choose_products(queries, bank).coarse == (loops == "int16")
+    assert not fast_products.choose_products(queries, bank, precise=True).coarse
+    for odd in (torch.eye(768)[:1], bank[:1] * 1e13, bank[:1] * 1e17):
+        assert not fast_products.choose_products(queries, torch.cat([bank, odd])).coarse
+        assert not fast_products.choose_products(torch.cat([queries, odd]), bank).coarse
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("place", ["row", "other row", "bank"])
+def test_what_is_not_finite_is_told_by_every_process(value, place):
+    """The queries that another process counts are the same on all: none may go on alone."""
+    queries, bank, positives = embeddings(40, 60, 33, torch.float32)
+    {"row": queries[3], "other row": queries[39], "bank": bank[5]}[place][2] = value
+    with pytest.raises(ValueError, match=r"1 of (40|60) rows hold NaN or infinity"):
+        count_ahead(queries, bank, positives, rows=(0, 20))
+    with pytest.raises(ValueError, match=r"1 of (40|60) rows hold NaN or infinity"):
+        cosine_topk(queries, bank, 3)
+
+
+@pytest.mark.parametrize("of", ["pieces", "rows"])
+def test_a_bank_that_gets_better_and_better_leaves_no_fast_path(of, monkeypatch):
+    """As one sorted by class does for the queries of the last one."""
+    for name, value in USUAL.items():
+        monkeypatch.setattr(fast_products, name, value)
+    monkeypatch.setattr(fast_products, "ENOUGH_QUERIES", 1)
+    monkeypatch.setattr(sys.modules["mmd2v_kernels.cosine_topk"], "_float64_topk", None)
+    queries, noise = unit_rows(1, 9000, width=64)
+    better = torch.arange(9000) // (1500 if of == "pieces" else 1) / 9000
+    bank = F.normalize(better[:, None] * queries + 0.05 * noise, dim=1)
+    queries = F.normalize(queries + 0.01 * torch.randn(300, 64), dim=1)
+    _, index = cosine_topk(queries, bank, 10)
+    assert torch.equal(index[:20], (queries[:20].double() @ bank.double().T).topk(10).indices)
+
+
+def test_close_scores_of_coarse_products_are_found_by_precise_ones(loops, monkeypatch):
+    """Cosines so close together that 16 bits cannot tell most from a threshold, but fp32 can."""
+    asked = []
+    choose = fast_products.choose_products
+
+    def watched(queries, bank, precise=False):
+        asked.append(precise)
+        return choose(queries, bank, precise)
+
+    for module in (rank_count_segmented, cosine_topk_segmented):
+        monkeypatch.setattr(module, "choose_products", watched)
+    monkeypatch.setattr(rank_count_segmented, "_FEW_CLOSE", 1)
+    direction, noise = unit_rows(1, 300, width=64)
+    bank = F.normalize(direction + 0.01 * noise, dim=1)
+    queries, own = bank[:40].clone(), torch.arange(40)
+    found, exact = (
+        by(path, monkeypatch, lambda: count_ahead(queries, bank, torch.stack([own, own + 40], 1)))
+        for path in ("segmented", "reference")
+    )
+    assert torch.equal(found.row, exact.row) and torch.equal(found.column, exact.column)
+    assert any(asked) == (loops == "int16")
+    asked.clear()
+    found, exact = (by(path, monkeypatch, lambda: cosine_topk(queries, bank, 1)) for path in ("segmented", "reference"))
+    assert torch.equal(found[1], exact[1])
+
+
+def test_where_numpys_threads_cannot_be_held_one_product_follows_the_other(monkeypatch):
+    monkeypatch.setattr(fast_products, "_limits_threads", lambda: False)
+    queries, bank, _ = embeddings(50, 130, 33, torch.float32)
+    products = fast_products.choose_products(queries, bank, precise=True)
+    with products.alone():
+        assert products.threads() == 1
+    found, exact = (by(path, monkeypatch, lambda: cosine_topk(queries, bank, 3)) for path in ("segmented", "reference"))
+    assert torch.equal(found[1], exact[1])
 
 
 @pytest.mark.parametrize("width", [1, 2, 33])
@@ -260,8 +338,6 @@ def test_what_a_pass_finds(rows, columns, few, monkeypatch):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("width", [1, 2, 96, 97, 100, 768])
 def test_exact_pairs_fold_in_the_order_of_one_pair(width, dtype):
-    from mmd2v_kernels.retrieval_order import exact_dot
-
     torch.manual_seed(0)
     queries, bank = torch.randn(20, width).to(dtype), torch.randn(30, width).to(dtype)
     rows, columns = torch.randint(0, 20, (2500,)), torch.randint(0, 30, (2500,))

@@ -59,6 +59,18 @@ def test_under_autocast_dtypes_are_those_of_torch(entering):
         assert_as_good(operands(70, entering, torch.float32), torch.bfloat16)
 
 
+def test_autocast_leaves_float64_alone():
+    tensors = operands(70, torch.float64, torch.float64)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert linear(*tensors).dtype == torch.float64
+        assert torch.equal(linear(*tensors), F.linear(*tensors))
+
+
+def test_a_compiler_is_told_the_plain_formula():
+    tensors = operands(9, *2 * (torch.bfloat16,))
+    torch.testing.assert_close(torch.compile(linear, backend="eager", fullgraph=True)(*tensors), F.linear(*tensors))
+
+
 def test_full_precision_is_torchs_own_product_bit_for_bit():
     tensors = operands(70, torch.float32, torch.float32)
     assert torch.equal(linear(*tensors), F.linear(*tensors))

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 import torch.nn.functional as F
 
-from mmd2v_kernels.half_products import multiplies
+from mmd2v_kernels.half_products import FP32_ROWS, multiplies
 
 if TYPE_CHECKING:
     from mmd2v_kernels.expert_mlp import Expert
@@ -85,7 +85,7 @@ def segmented_expert_mlp(
         with_branch=with_branch,
         stored=stored,
         arithmetic=arithmetic,
-        block=_BLOCK if x_TD.device.type == "cpu" else max(1, *(stop - start for start, stop in rows)),
+        block=_block(x_TD.device.type, arithmetic == stored, rows),
         eps=tuple(expert.eps for expert in experts),
         fields=len(tensors[0]),
     )
@@ -95,6 +95,13 @@ def segmented_expert_mlp(
         return out if with_branch else (out, None)
     out_TD, saved = _forward(call, x_TD, index_R, row_scale_T, experts, keep=False)
     return out_TD, saved.result_RD
+
+
+def _block(device: str, own_arithmetic: bool, rows: Sequence[tuple[int, int]]) -> int:
+    """Return how many rows go through at a time."""
+    if device != "cpu":
+        return max(1, *(stop - start for start, stop in rows))
+    return _BLOCK if own_arithmetic else min(_BLOCK, FP32_ROWS)
 
 
 class _SegmentedMLP(torch.autograd.Function):

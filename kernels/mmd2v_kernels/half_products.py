@@ -14,11 +14,11 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
-__all__ = ["linear", "multiplies", "product_dtype"]
+__all__ = ["FP32_ROWS", "linear", "multiplies", "product_dtype"]
 
 _INSTRUCTIONS = {torch.bfloat16: "_is_mkldnn_bf16_supported", torch.float16: "_is_mkldnn_fp16_supported"}
-_BLOCK = 2048
-"""Rows at a time, so that fp32 copies exist of one block alone."""
+FP32_ROWS = 512
+"""Rows at a time, so that copies in fp32 exist of few: with 2,048 a small layer takes more memory than torch's own."""
 
 
 @cache
@@ -61,7 +61,7 @@ class _Linear(torch.autograd.Function):
         with torch.autocast(x_TD.device.type, enabled=False):
             w_ED, b_E = (parameter.to(stored).float() for parameter in (weight_ED, bias_E))
             out_TE = x_TD.new_empty(len(x_TD), len(weight_ED), dtype=stored)
-            for x_rD, out_rE in zip(kept_TD.split(_BLOCK), out_TE.split(_BLOCK), strict=True):
+            for x_rD, out_rE in zip(kept_TD.split(FP32_ROWS), out_TE.split(FP32_ROWS), strict=True):
                 out_rE.copy_(torch.addmm(b_E, x_rD.float(), w_ED.t()))
         # The weight itself, not its copy: sharded parameters are gathered into it again.
         ctx.save_for_backward(kept_TD, weight_ED)
@@ -79,8 +79,8 @@ class _Linear(torch.autograd.Function):
             dx_TD = torch.empty_like(kept_TD, dtype=of_x) if wants_x else None
             dw_ED = torch.zeros_like(w_ED) if wants_weight else None
             db_E = w_ED.new_zeros(len(w_ED)) if wants_bias else None
-            for top in range(0, len(kept_TD), _BLOCK):
-                rows = slice(top, top + _BLOCK)
+            for top in range(0, len(kept_TD), FP32_ROWS):
+                rows = slice(top, top + FP32_ROWS)
                 dout_rE = dout_TE[rows].float()
                 if dx_TD is not None:
                     dx_TD[rows] = torch.mm(dout_rE, w_ED)

@@ -49,7 +49,7 @@ def assert_as_good(tensors: list[torch.Tensor], half: torch.dtype) -> None:
 @pytest.mark.parametrize("half", HALVES)
 @pytest.mark.parametrize("rows", [1, 63, 64, 65, 200])
 def test_as_accurate_as_torch_in_blocks_of_any_number(half, rows, monkeypatch):
-    monkeypatch.setattr(half_products, "_BLOCK", 64)
+    monkeypatch.setattr(half_products, "FP32_ROWS", 64)
     assert_as_good(operands(rows, half, half), half)
 
 

@@ -182,9 +182,10 @@ def measure(options: Bench, image_tokens: int, dtype: str) -> list[Row]:
         numbers = (p50, p20, p80, peak, saved, floor, 100 * floor / p50, errors[name])
         rows.append(Row("student layer", name, "fwd+bwd", dtype, shape, options.repeats, *numbers, **machine(CPU)))
     for row in rows:
+        times = speed.get("torchscale", nan) / row.p50_ms
         print(
             f"{shape} {dtype} {row.provider:<16} {row.p50_ms:9.1f} ms ({row.p20_ms:.1f} to {row.p80_ms:.1f})"
-            f"  {speed.get('torchscale', nan) / row.p50_ms:5.2f} x torchscale  {row.percent_of_floor:5.1f} % of the floor"
+            f"  {times:5.2f} x torchscale  {row.percent_of_floor:5.1f} % of the floor"
             f"  {row.peak_extra_mb:7.0f} MB at most, {row.saved_mb:6.0f} MB kept"
         )
     return rows

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
+import torch
+
 from mmd2v.config.schema import Config
 from mmd2v.distributed.environment import World
 from mmd2v.train.engine import PRODUCTS, Engine
@@ -11,6 +13,7 @@ from mmd2v.train.outlook import Outlook
 from mmd2v.train.parts import Parts
 from mmd2v.train.replay import Source
 from mmd2v_kernels import describe as describe_kernels
+from mmd2v_kernels.half_products import multiplies
 
 
 def announce(
@@ -31,5 +34,15 @@ def announce(
     say(f"optimiser: {engine.description}")
     for source in sources.values():
         say(source.said)
-    for doubt in parts.doubts(config):
+    for doubt in [*_slow_products(config.engine.precision, world.device), *parts.doubts(config)]:
         say(f"warning: {doubt}")
+
+
+def _slow_products(precision: str, device: torch.device) -> list[str]:
+    """Half precision that a processor has no instructions for."""
+    if multiplies(device.type, PRODUCTS[precision]):
+        return []
+    return [
+        f"engine.precision: found {precision}, but this processor has no instructions for its products; "
+        "--engine.precision fp32 is several times faster here"
+    ]

@@ -145,7 +145,7 @@ void multiply(const int16_t *queries, const float *query_scale, int64_t rows, co
         }
 }
 
-/* With AVX-512 fp32 is as fast: its products are twice as wide, and these would not be. */
+/* Not with AVX-512, where products of fp32 are twice as wide and these would not be: by arithmetic, not measured. */
 int multiplies_int16_faster(void)
 {
     return __builtin_cpu_supports("avx2") && !__builtin_cpu_supports("avx512f");

@@ -13,6 +13,7 @@ from mmd2v_kernels.expert_mlp import Expert, expert_mlp
 from mmd2v_kernels.half_products import linear
 from mmd2v_kernels.rank_count import RankCounts, best_positives, count_ahead, rank_count
 from mmd2v_kernels.rank_sides import Best
+from mmd2v_kernels.ring import Ring, ring_contrastive, ring_siglip
 from mmd2v_kernels.routing import Route, leave_out, route
 from mmd2v_kernels.siglip import siglip
 
@@ -21,6 +22,7 @@ __all__ = [
     "ContrastiveWeights",
     "Expert",
     "RankCounts",
+    "Ring",
     "Route",
     "add_layer_norm",
     "best_positives",
@@ -35,6 +37,8 @@ __all__ = [
     "leave_out",
     "linear",
     "rank_count",
+    "ring_contrastive",
+    "ring_siglip",
     "route",
     "siglip",
 ]

@@ -50,45 +50,77 @@ def contrastive(
     """
     image_b, text_n, image_B, text_N = weights or (None, None, None, None)
     with torch.autocast(image_bD.device.type, enabled=False):  # which would round what is summed to bf16
-        images, captions = len(image_bD), len(text_nD)
-        # What one of its captions adds to the mean logit of an image's positives; 0 for images of other ranks.
         row_N = owner_N - image_offset
-        is_own_N = (row_N >= 0) & (row_N < images)
-        row_N = row_N.clamp(0, images - 1)
-        captions_b = torch.zeros(images, device=row_N.device).index_add_(0, row_N, is_own_N.float())
-        share_N = is_own_N / captions_b.clamp(min=1)[row_N]
-
-        image_weight_b = _weight(image_b, images, row_N.device)
-        text_weight_n = _weight(text_n, captions, row_N.device)
-        target = 1 - label_smoothing
-        image_lse_b = image_weight_b * (target * captions_b.clamp(max=1) + label_smoothing)
-        positive_N = target * share_N * image_weight_b[row_N]
+        terms = Terms.of(row_N, len(image_bD), len(text_nD), image_b, text_n, label_smoothing)
         if image_BD is image_bD and text_ND is text_nD:  # one rank: each logit serves both directions
-            pairs = Positives(torch.arange(captions, device=row_N.device), owner_n, positive_N + target * text_weight_n)
-            loss = pair_softmax(text_nD, image_bD, scale, pairs, text_weight_n, image_lse_b, text_n, image_b, chunk)
+            pairs = Positives(owner_n, terms.image_positive_N + terms.text_positive_n, in_rows=True)
+            loss = pair_softmax(
+                text_nD, image_bD, scale, pairs, terms.text_n, terms.image_lse_b, text_n, image_b, chunk
+            )
         else:
-            own = torch.arange(captions, device=row_N.device)
-            of_images = Positives(owner_N - image_offset, torch.arange(len(owner_N), device=row_N.device), positive_N)
-            of_captions = Positives(own, owner_n, target * text_weight_n)
-            loss = pair_softmax(image_bD, text_ND, scale, of_images, image_lse_b, column_seen_M=text_N, chunk=chunk)
+            of_images = Positives(row_N, terms.image_positive_N, in_rows=False)
+            of_captions = Positives(owner_n, terms.text_positive_n, in_rows=True)
+            loss = pair_softmax(
+                image_bD, text_ND, scale, of_images, terms.image_lse_b, column_seen_M=text_N, chunk=chunk
+            )
             loss = loss + pair_softmax(
-                text_nD, image_BD, scale, of_captions, text_weight_n, column_seen_M=image_B, chunk=chunk
+                text_nD, image_BD, scale, of_captions, terms.text_n, column_seen_M=image_B, chunk=chunk
             )
         if label_smoothing:
-            even = _even(image_weight_b, image_bD, text_ND, text_N) + _even(text_weight_n, text_nD, image_BD, image_B)
+            even = even_product(terms.image_b, image_bD, *seen_sum(text_ND, text_N))
+            even = even + even_product(terms.text_n, text_nD, *seen_sum(image_BD, image_B))
             loss = loss - label_smoothing * scale.float().reshape(()) * even
         return loss / 2
 
 
-def _weight(weight: torch.Tensor | None, queries: int, device: torch.device) -> torch.Tensor:
+class Terms(NamedTuple):
+    """What each logit and log-sum-exp of one rank's queries counts in its loss."""
+
+    image_b: torch.Tensor
+    """Of an image in the mean over them."""
+    image_lse_b: torch.Tensor
+    """Of its log-sum-exp: 0 for an image without a caption, but for the smoothing."""
+    image_positive_N: torch.Tensor
+    """Of a caption's logit, as a positive of its image; 0 for images of other ranks."""
+    text_n: torch.Tensor
+    """Of a caption in the mean over them, and of its log-sum-exp."""
+    text_positive_n: torch.Tensor
+    """Of a caption's logit, with its image as the positive."""
+
+    @classmethod
+    def of(
+        cls,
+        row_N: torch.Tensor,
+        images: int,
+        captions: int,
+        image_weight_b: torch.Tensor | None,
+        text_weight_n: torch.Tensor | None,
+        label_smoothing: float,
+    ) -> Terms:
+        """``row_N`` is each caption's row among this rank's images; outside of them where it is another's."""
+        is_own_N = (row_N >= 0) & (row_N < images)
+        row_N = row_N.clamp(0, images - 1)
+        captions_b = torch.zeros(images, device=row_N.device).index_add_(0, row_N, is_own_N.float())
+        share_N = is_own_N / captions_b.clamp(min=1)[row_N]
+        image_b, text_n = _weight(image_weight_b, images, row_N), _weight(text_weight_n, captions, row_N)
+        target = 1 - label_smoothing
+        image_lse_b = image_b * (target * captions_b.clamp(max=1) + label_smoothing)
+        return cls(image_b, image_lse_b, target * share_N * image_b[row_N], text_n, target * text_n)
+
+
+def _weight(weight: torch.Tensor | None, queries: int, like: torch.Tensor) -> torch.Tensor:
     """[q] what a query's log-likelihood counts in the mean over all of them."""
-    return torch.full((queries,), 1 / queries, device=device) if weight is None else weight.float() / queries
+    return torch.full((queries,), 1 / queries, device=like.device) if weight is None else weight.float() / queries
 
 
-def _even(
-    weight_q: torch.Tensor, query_qD: torch.Tensor, candidate_cD: torch.Tensor, seen_c: torch.Tensor | None
+def seen_sum(candidate_cD: torch.Tensor, seen_c: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the sum of the candidates that count, [D], and their number."""
+    seen_c = torch.ones_like(candidate_cD[:, 0], dtype=torch.float32) if seen_c is None else seen_c.float()
+    return seen_c @ candidate_cD.float(), seen_c.sum()
+
+
+def even_product(
+    weight_q: torch.Tensor, query_qD: torch.Tensor, sum_D: torch.Tensor, count: torch.Tensor
 ) -> torch.Tensor:
     """Return Σ weight · (mean product of the query with the candidates that count)."""
-    even_c = torch.ones_like(candidate_cD[:, 0], dtype=torch.float32) if seen_c is None else seen_c.float()
-    even_c = even_c / even_c.sum().clamp(min=1)
-    return (weight_q @ query_qD.float()) @ (even_c @ candidate_cD.float())
+    return (weight_q @ query_qD.float()) @ (sum_D / count.clamp(min=1))

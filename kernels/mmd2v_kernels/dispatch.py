@@ -46,6 +46,7 @@ OFFERS = {
     "add_layer_norm": ("triton", "reference"),
     "rank_count": ("triton", "segmented", "reference"),
     "cosine_topk": ("triton", "segmented", "reference"),
+    "contrastive": ("triton", "reference"),
 }
 """Operator → its paths, the fastest first."""
 PARTS = {"expert_mlp": ("fc1", "fc2", "dgrad2", "wgrad", "dgrad1")}

@@ -1,36 +1,185 @@
-"""Logits of all pairs of rows and columns, a few rows at a time: what the chunked contrastive losses share.
+"""Logits of all pairs of rows and columns, a few rows at a time, and what the contrastive losses do with them.
+
+A chunk is folded into log-sum-exps and turned into a gradient, each in one pass by Triton (`contrastive_triton`) or in
+a few by torch. Deterministic.
 
 Shapes: N rows, M columns, n rows of a chunk, D width.
 """
 
 from __future__ import annotations
 
-import torch
+from typing import NamedTuple
 
-__all__ = ["CHUNK", "LogitChunks"]
+import torch
+import torch.nn.functional as F
+
+from mmd2v_kernels.dispatch import choose
+
+__all__ = ["CHUNK", "LogitChunks", "Positives", "RunningLogSumExp", "Sigmoid", "Softmax"]
 
 CHUNK = 1 << 22
-"""Logits in memory at once, 16 MB in fp32, and the same again for what is made of them."""
+"""Logits in memory at once, 16 MB in fp32; torch takes the same again for what is made of them."""
 _FEWEST_ROWS = 128  # matrix products of fewer rows are slow
+
+
+class RunningLogSumExp(NamedTuple):
+    """log Σ exp of numbers that come in parts, as the largest of them and Σ exp(number − largest)."""
+
+    largest: torch.Tensor
+    total: torch.Tensor
+
+    @classmethod
+    def of_nothing(cls, like_NX: torch.Tensor) -> RunningLogSumExp:
+        """Return [N], with the dtype and device of ``like_NX``."""
+        lowest = torch.finfo(like_NX.dtype).min  # not -inf: the difference of two of them would be NaN
+        return cls(like_NX.new_full((len(like_NX),), lowest), like_NX.new_zeros(len(like_NX)))
+
+    def part(self, rows: slice) -> RunningLogSumExp:
+        """Return a view of some."""
+        return RunningLogSumExp(self.largest[rows], self.total[rows])
+
+    def value(self) -> torch.Tensor:
+        """Return the log-sum-exp [N]."""
+        return self.largest + self.total.log()
+
+
+class Softmax(NamedTuple):
+    """The softmax of each row or column times that query's weight, as exp(logit + row + column)."""
+
+    row_n: torch.Tensor | None
+    column_M: torch.Tensor | None
+
+    @staticmethod
+    def shift(logsumexp: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        """Return what a query adds to its logits for that; weights are at least 0, and 0 gives -inf."""
+        return weight.log() - logsumexp
+
+
+class Positives(NamedTuple):
+    """Pairs whose logits count with a weight of their own: at most one in every row, or one in every column."""
+
+    index: torch.Tensor
+    """int64, the column of each row or the row of each column; outside of the logits there is none."""
+    weight: torch.Tensor
+    in_rows: bool
+
+    def of(self, rows: slice) -> Positives:
+        """Return those of a chunk of rows, counted from its first."""
+        if self.in_rows:
+            return Positives(self.index[rows], self.weight[rows], True)
+        return Positives(self.index - rows.start, self.weight, False)
+
+    def places(self, size: torch.Size) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Return (row, column, weight) of each within logits of ``size``, of weight 0 where there is none.
+
+        Choosing those that are inside would make the host wait for the device.
+        """
+        last = size[1 if self.in_rows else 0] - 1
+        weight = torch.where((self.index >= 0) & (self.index <= last), self.weight, 0)
+        index, own = self.index.clamp(0, last), torch.arange(len(self.index), device=self.index.device)
+        return (own, index, weight) if self.in_rows else (index, own, weight)
+
+
+class Sigmoid(NamedTuple):
+    """What a classification of each pair by itself needs: −1 is the sign of a positive pair, 1 that of a negative."""
+
+    bias: torch.Tensor
+    """One element, added to each logit."""
+    positive_M: torch.Tensor
+    """int64, the row of each column's positive; outside of the logits there is none."""
+    weight_n: torch.Tensor | None
+    weight_M: torch.Tensor | None
+
+    def of(self, rows: slice) -> Sigmoid:
+        """Return what a chunk of rows needs, counted from its first."""
+        weight_n = None if self.weight_n is None else self.weight_n[rows]
+        return Sigmoid(self.bias, self.positive_M - rows.start, weight_n, self.weight_M)
 
 
 class LogitChunks:
     """Products scale · row · column in chunks of about ``chunk``, in memory that is used again."""
 
-    def __init__(self, row_ND: torch.Tensor, column_MD: torch.Tensor, scale: torch.Tensor, chunk: int) -> None:
-        self._row_ND, self._column_DM, self._scale = row_ND, column_MD.t(), scale
-        self._size = min(len(row_ND), max(_FEWEST_ROWS, chunk // len(column_MD)))
-        self._logits, self._other = row_ND.new_empty(2, self._size, len(column_MD))
+    def __init__(self, rows: int, columns: int, like: torch.Tensor, chunk: int) -> None:
+        """``like`` has the dtype and device of the logits."""
+        self._rows, self._size = rows, min(rows, max(_FEWEST_ROWS, chunk // max(1, columns)))
+        self._by_triton = choose("contrastive", like.device, like.dtype, rows=rows).path == "triton"
+        self._logits = like.new_empty(self._size, columns)
+        self._spare = None if self._by_triton else torch.empty_like(self._logits)
 
     def rows(self) -> list[slice]:
         """Return the rows of each chunk."""
-        return [slice(top, min(top + self._size, len(self._row_ND))) for top in range(0, len(self._row_ND), self._size)]
+        return [slice(top, min(top + self._size, self._rows)) for top in range(0, self._rows, self._size)]
 
-    def logits(self, rows: slice) -> torch.Tensor:
+    def logits(self, row_nD: torch.Tensor, column_MD: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
         """Return [n, M], until the next call."""
-        out = self._logits[: rows.stop - rows.start]
-        return torch.mm(self._scale * self._row_ND[rows], self._column_DM, out=out)
+        return torch.mm(scale * row_nD, column_MD.t(), out=self._logits[: len(row_nD)])
 
-    def other(self, rows: slice) -> torch.Tensor:
-        """Return memory of the same shape."""
-        return self._other[: rows.stop - rows.start]
+    def fold(self, running: RunningLogSumExp, logits_nM: torch.Tensor, offset: torch.Tensor | None, dim: int) -> None:
+        """Add the logits to the log-sum-exp of each row (``dim`` 1) or of each column (``dim`` 0).
+
+        ``offset`` is what each column or row adds to its logits first, None: nothing.
+        """
+        if self._by_triton:
+            from mmd2v_kernels import contrastive_triton
+
+            contrastive_triton.fold(*running, logits_nM, offset, dim)
+            return
+        seen_nM, spare_nM = logits_nM, self._spare_of(logits_nM)
+        if offset is not None:
+            seen_nM = torch.add(logits_nM, offset.unsqueeze(1 - dim), out=spare_nM)
+        largest = torch.maximum(running.largest, seen_nM.amax(dim))
+        added = torch.sub(seen_nM, largest.unsqueeze(dim), out=spare_nM).exp_().sum(dim)
+        running.total.mul_(running.largest.sub_(largest).exp_()).add_(added)
+        running.largest.copy_(largest)
+
+    def softmax_gradient_(
+        self, logits_nM: torch.Tensor, softmaxes: tuple[Softmax, ...], positives: Positives | None
+    ) -> torch.Tensor:
+        """Make of the logits the sum of one or two softmaxes less the weights of the positives."""
+        if self._by_triton:
+            from mmd2v_kernels import contrastive_triton
+
+            return contrastive_triton.softmax_gradient_(logits_nM, softmaxes, positives)
+        first, *others = softmaxes
+        for other in others:
+            spare_nM = _exponentials(logits_nM, other, out=self._spare_of(logits_nM))
+        gradient_nM = _exponentials(logits_nM, first, out=logits_nM)
+        if others:
+            gradient_nM += spare_nM
+        if positives is not None:
+            row, column, weight = positives.places(logits_nM.shape)
+            gradient_nM.index_put_((row, column), -weight, accumulate=True)
+        return gradient_nM
+
+    def sigmoid_gradient_(
+        self, logits_nM: torch.Tensor, sigmoid: Sigmoid
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Make of the logits the gradient of Σ weight · softplus(sign · (logit + bias)).
+
+        Returns that sum, its derivative by the bias, and the gradient.
+        """
+        if self._by_triton:
+            from mmd2v_kernels import contrastive_triton
+
+            return contrastive_triton.sigmoid_gradient_(logits_nM, sigmoid)
+        row_n1 = torch.arange(len(logits_nM), device=logits_nM.device)[:, None]
+        sign_nM = self._spare_of(logits_nM).fill_(1).masked_fill_(sigmoid.positive_M == row_n1, -1)
+        # -log sigmoid(z) = softplus(-z); of a negative z is the logit with its sign changed.
+        signed_nM = logits_nM.add_(sigmoid.bias).mul_(sign_nM)
+        loss_nM = F.softplus(signed_nM)
+        gradient_nM = signed_nM.sigmoid_().mul_(sign_nM)
+        if sigmoid.weight_n is None or sigmoid.weight_M is None:
+            return loss_nM.sum(), gradient_nM.sum(), gradient_nM
+        gradient_nM.mul_(sigmoid.weight_n[:, None]).mul_(sigmoid.weight_M)
+        return sigmoid.weight_n @ (loss_nM @ sigmoid.weight_M), gradient_nM.sum(), gradient_nM
+
+    def _spare_of(self, logits_nM: torch.Tensor) -> torch.Tensor:
+        return self._spare[: len(logits_nM)]
+
+
+def _exponentials(logits_nM: torch.Tensor, softmax: Softmax, out: torch.Tensor) -> torch.Tensor:
+    row_n1 = None if softmax.row_n is None else softmax.row_n[:, None]
+    added = [shift for shift in (row_n1, softmax.column_M) if shift is not None]
+    for shift in added:
+        logits_nM = torch.add(logits_nM, shift, out=out)
+    return torch.exp(logits_nM, out=out)

@@ -8,10 +8,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
-from mmd2v_kernels.logit_chunks import CHUNK, LogitChunks
+from mmd2v_kernels.logit_chunks import CHUNK, LogitChunks, Sigmoid
 
 __all__ = ["siglip"]
 
@@ -72,26 +71,18 @@ class _PairSigmoid(torch.autograd.Function):
         chunk: int,
     ) -> torch.Tensor:
         needs_gradient = any(ctx.needs_input_grad[:4])
-        chunks = LogitChunks(image_bD, text_ND, scale, chunk)
+        chunks = LogitChunks(len(image_bD), len(text_ND), image_bD, chunk)
+        sigmoid = Sigmoid(bias, owner_N, weight_b, weight_N)
         total, bias_gradient = torch.zeros_like(scale), torch.zeros_like(scale)
         image_gradient_bD = torch.empty_like(image_bD) if needs_gradient else image_bD
         text_gradient_ND = torch.zeros_like(text_ND) if needs_gradient else text_ND
-        row_b = torch.arange(len(image_bD), device=image_bD.device)
         for rows in chunks.rows():
-            # -log sigmoid(z) = softplus(-z); of a negative z is the logit with its sign changed.
-            signed_nN, sign_nN = chunks.logits(rows).add_(bias), chunks.other(rows)
-            sign_nN.fill_(1).masked_fill_(owner_N == row_b[rows, None], -1)
-            loss_nN = F.softplus(signed_nN.mul_(sign_nN))
-            if weight_b is not None and weight_N is not None:
-                total += weight_b[rows] @ (loss_nN @ weight_N)
-            else:
-                total += loss_nN.sum()
+            logits_nN = chunks.logits(image_bD[rows], text_ND, scale)
+            loss, by_bias, gradient_nN = chunks.sigmoid_gradient_(logits_nN, sigmoid.of(rows))
+            total += loss
             if not needs_gradient:
                 continue
-            gradient_nN = signed_nN.sigmoid_().mul_(sign_nN)
-            if weight_b is not None and weight_N is not None:
-                gradient_nN.mul_(weight_b[rows, None]).mul_(weight_N)
-            bias_gradient += gradient_nN.sum()
+            bias_gradient += by_bias
             torch.mm(gradient_nN, text_ND, out=image_gradient_bD[rows])
             text_gradient_ND.addmm_(gradient_nN.t(), image_bD[rows])
         if needs_gradient:

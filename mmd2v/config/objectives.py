@@ -18,6 +18,11 @@ def _different(names: tuple[str, str]) -> tuple[str, str]:
 
 _TwoModalities = Annotated[tuple[str, str], AfterValidator(_different)]
 _BETWEEN = "the two modalities; none: the image and the text, where there is nothing else"
+_Exchange = Literal["gather", "ring"]
+_EXCHANGE = (
+    "how ranks see each other's embeddings: gather them all on each, or pass the second modality's round a ring, where "
+    "no rank holds more than another's beside its own and each product serves both directions"
+)
 
 
 class TeacherConfig(Section):
@@ -108,6 +113,7 @@ class ContrastiveConfig(ObjectiveConfig):
     learned: bool = Field(True, description="learn the temperature, its inverse clamped to [1, 100]")
     label_smoothing: Fraction = Field(0.0, description="probability mass spread evenly over the negatives")
     between: _TwoModalities | None = Field(None, description=_BETWEEN)
+    exchange: _Exchange = Field("gather", description=_EXCHANGE)
     final: bool = Field(True, description="compare the final embeddings")
     layers: list[NonNegativeInt] = Field(
         default_factory=list,
@@ -133,6 +139,7 @@ class SigLIPConfig(ObjectiveConfig):
     bias: float = Field(-10.0, description="initial summand: at the start, most pairs are negatives")
     learned: bool = Field(True, description="learn scale (its logarithm) and bias")
     between: _TwoModalities | None = Field(None, description=_BETWEEN)
+    exchange: _Exchange = Field("gather", description=_EXCHANGE)
 
 
 class ContrastiveTargetConfig(ObjectiveConfig):

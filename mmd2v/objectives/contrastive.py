@@ -14,6 +14,7 @@ from torch import nn
 from mmd2v.config.schema import ContrastiveConfig
 from mmd2v.data.batch import Batch
 from mmd2v.distributed.collectives import all_gather_with_gradient
+from mmd2v.distributed.ring import RankRing
 from mmd2v.errors import UserError
 from mmd2v.models.student import Student, StudentOutput, Wanted
 from mmd2v.models.teachers import Targets, Teacher
@@ -21,7 +22,7 @@ from mmd2v.objectives.base import Objective
 from mmd2v.objectives.heads import regression_head
 from mmd2v.objectives.pairs import Owners, Pair, same_number_on_ranks
 from mmd2v.objectives.temperature import log_scales, scales
-from mmd2v_kernels import ContrastiveWeights, contrastive
+from mmd2v_kernels import ContrastiveWeights, contrastive, ring_contrastive
 
 
 class Contrastive(Objective):
@@ -66,23 +67,32 @@ class Contrastive(Objective):
         """Return ``contrastive_loss`` and ``contrastive_loss/layerI``."""
         same_number_on_ranks(batch, "contrastive", self.pair.inputs)
         owners = self.pair.owners(batch)
-        weights = _weights(owners)
         losses = {}
         for level, scale in zip(self.levels, self.scale().split(1), strict=True):
-            first_bD, second_nD = (self._embedding(output, level, name) for name in self.pair.names)
-            losses[_named("contrastive_loss", level)] = contrastive(
-                first_bD,
-                second_nD,
-                all_gather_with_gradient(first_bD),
-                all_gather_with_gradient(second_nD),
-                owners.of_own_n,
-                owners.of_all_N,
-                owners.offset,
-                scale,
-                self.config.label_smoothing,
-                weights,
-            )
+            rows = [self._embedding(output, level, name) for name in self.pair.names]
+            losses[_named("contrastive_loss", level)] = self._loss(*rows, owners, scale)
         return losses
+
+    def _loss(
+        self, first_bD: torch.Tensor, second_nD: torch.Tensor, owners: Owners, scale: torch.Tensor
+    ) -> torch.Tensor:
+        smoothing = self.config.label_smoothing
+        if self.config.exchange == "ring":
+            return ring_contrastive(
+                first_bD, second_nD, owners.local_n, scale, RankRing(), smoothing, owners.own_weights
+            )
+        return contrastive(
+            first_bD,
+            second_nD,
+            all_gather_with_gradient(first_bD),
+            all_gather_with_gradient(second_nD),
+            owners.of_own_n,
+            owners.of_all_N,
+            owners.offset,
+            scale,
+            smoothing,
+            _weights(owners),
+        )
 
     def _embedding(self, output: StudentOutput, level: int | None, modality: str) -> torch.Tensor:
         if level is None:
@@ -117,7 +127,8 @@ def _check_layers(config: ContrastiveConfig, student: Student, pair: Pair, where
 
 def _weights(owners: Owners) -> ContrastiveWeights | None:
     """A damaged sample is neither query nor negative, on any rank; a caption counts as its image does."""
-    if owners.own_weights_b is None:
+    own = owners.own_weights
+    if own is None:
         return None
-    all_B = all_gather_with_gradient(owners.own_weights_b)
-    return ContrastiveWeights(owners.own_weights_b, all_B[owners.of_own_n], all_B, all_B[owners.of_all_N])
+    all_B = all_gather_with_gradient(own[0])
+    return ContrastiveWeights(*own, all_B, all_B[owners.of_all_N])

@@ -29,6 +29,18 @@ class Owners:
     own_weights_b: torch.Tensor | None
     """0 for a damaged sample; None: all count."""
 
+    @property
+    def local_n(self) -> torch.Tensor:
+        """`of_own_n` counted from this rank's first row: the two rows of a pair lie on one rank."""
+        return self.of_own_n - self.offset
+
+    @property
+    def own_weights(self) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """Weights of this rank's rows on the first and on the second side, which count as their owners do."""
+        if self.own_weights_b is None:
+            return None
+        return self.own_weights_b, self.own_weights_b[self.local_n]
+
 
 class Pair:
     """Two modalities to be compared; a text comes second where the other is none."""

@@ -14,11 +14,12 @@ from torch import nn
 from mmd2v.config.schema import SigLIPConfig
 from mmd2v.data.batch import Batch
 from mmd2v.distributed.collectives import all_gather_with_gradient
+from mmd2v.distributed.ring import RankRing
 from mmd2v.models.student import Student, StudentOutput
 from mmd2v.models.teachers import Targets, Teacher
 from mmd2v.objectives.base import Objective
-from mmd2v.objectives.pairs import Pair, same_number_on_ranks
-from mmd2v_kernels import siglip
+from mmd2v.objectives.pairs import Owners, Pair, same_number_on_ranks
+from mmd2v_kernels import ring_siglip, siglip
 
 
 class SigLIP(Objective):
@@ -30,6 +31,7 @@ class SigLIP(Objective):
 
     def __init__(self, config: SigLIPConfig, student: Student, teachers: Mapping[str, Teacher], where: str) -> None:
         super().__init__(config, student, teachers, where)
+        self.config = config
         self.pair = Pair(config.between, student.inputs, where, "siglip")
         # Vectors and not scalars: ZeRO-3 shards parameters by rows.
         self.log_scale = nn.Parameter(torch.full((1,), math.log(config.scale)), requires_grad=config.learned)
@@ -40,20 +42,24 @@ class SigLIP(Objective):
         same_number_on_ranks(batch, "siglip", self.pair.inputs)
         owners = self.pair.owners(batch)
         first_bD, second_nD = (output.embedding[name] for name in self.pair.names)
-        weights = None
-        if owners.own_weights_b is not None:
-            weights = owners.own_weights_b, all_gather_with_gradient(owners.own_weights_b)[owners.of_all_N]
-        loss = siglip(
-            first_bD,
-            all_gather_with_gradient(second_nD),
-            owners.of_all_N,
-            owners.offset,
-            self.log_scale.float().exp(),
-            self.bias.float(),
-            len(second_nD),
-            weights,
-        )
+        loss = self._loss(first_bD, second_nD, owners, self.log_scale.float().exp(), self.bias.float())
         return {"siglip_loss": loss}
+
+    def _loss(
+        self,
+        first_bD: torch.Tensor,
+        second_nD: torch.Tensor,
+        owners: Owners,
+        scale: torch.Tensor,
+        bias: torch.Tensor,
+    ) -> torch.Tensor:
+        weights, mean_over = owners.own_weights, len(second_nD)
+        if self.config.exchange == "ring":
+            return ring_siglip(first_bD, second_nD, owners.local_n, scale, bias, mean_over, RankRing(), weights)
+        if weights is not None:
+            weights = weights[0], all_gather_with_gradient(weights[0])[owners.of_all_N]
+        all_ND = all_gather_with_gradient(second_nD)
+        return siglip(first_bD, all_ND, owners.of_all_N, owners.offset, scale, bias, mean_over, weights)
 
     def metrics(self) -> dict[str, torch.Tensor]:
         """Return scale and bias."""

@@ -17,6 +17,7 @@ from pathlib import Path
 
 MODULES = (
     "add_layer_norm_triton",
+    "contrastive_triton",
     "cosine_topk_triton",
     "distill_target_triton",
     "expert_mlp_triton",

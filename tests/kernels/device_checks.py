@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 
+import contrastive_checks
 import retrieval_checks
 import torch
 import torch.nn.functional as F
@@ -308,7 +309,15 @@ def all_checks(interpreted: bool) -> dict[str, Check]:
     found["expert_mlp/no_gradient"] = check_no_gradient_keeps_nothing
     found["expert_mlp/operator"] = check_operator("expert_mlp", mlp_arguments)
     found["distill/operator"] = check_operator("distill_loss", distill_arguments)
-    return found | retrieval_checks.all_checks(interpreted)
+    for operator, arguments in contrastive_checks.OPERATORS.items():
+        found[f"contrastive/operator/{operator}"] = check_operator(operator, arguments)
+    return found | contrastive_checks.all_checks(compare, interpreted) | retrieval_checks.all_checks(interpreted)
+
+
+_SLOW_IN_THE_INTERPRETER = (
+    *retrieval_checks.SLOW_IN_THE_INTERPRETER,
+    *(f"contrastive/{name}" for name in contrastive_checks.SLOW_IN_THE_INTERPRETER),
+)
 
 
 def names(dtypes: Sequence[str], interpreted: bool) -> list[str]:
@@ -319,7 +328,7 @@ def names(dtypes: Sequence[str], interpreted: bool) -> list[str]:
         for check in all_checks(interpreted)
         for dtype in dtypes
         if not (check.startswith("expert_mlp/") and check.endswith(once) and dtype != "float32")
-        and not (interpreted and check.endswith(retrieval_checks.SLOW_IN_THE_INTERPRETER) and dtype != "float32")
+        and not (interpreted and check.endswith(_SLOW_IN_THE_INTERPRETER) and dtype != "float32")
         and not (check.endswith("autocast") and dtype == "float32")
     ]
 

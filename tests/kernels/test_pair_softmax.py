@@ -12,11 +12,12 @@ from mmd2v_kernels.pair_softmax import Positives, pair_softmax
 SEVERAL_CHUNKS = 1  # of 128 rows, the fewest
 
 
-def inputs(rows=300, columns=70, width=6, dtype=torch.float64):
+def inputs(rows=300, columns=70, width=6, dtype=torch.float64, in_rows=True):
     torch.manual_seed(0)
     row, column = (torch.randn(n, width, dtype=dtype, requires_grad=True) for n in (rows, columns))
     scale = torch.tensor([1.7], dtype=dtype, requires_grad=True)
-    positives = Positives(torch.arange(-5, rows), torch.randint(columns, (rows + 5,)), torch.rand(rows + 5).to(dtype))
+    size, bound = (rows, columns) if in_rows else (columns, rows)
+    positives = Positives(torch.randint(-5, bound + 5, (size,)), torch.rand(size).to(dtype), in_rows)
     weights = torch.rand(rows).to(dtype), torch.rand(columns).to(dtype)
     seen = (torch.rand(rows) > 0.3).to(dtype), (torch.rand(columns) > 0.3).to(dtype)
     return row, column, scale, positives, weights, seen
@@ -29,18 +30,21 @@ def dense(row, column, scale, positives, row_weight, column_weight=None, row_see
         hidden[0] = logits.masked_fill(row_seen[:, None] == 0, -torch.inf)
     if column_seen is not None:
         hidden[1] = logits.masked_fill(column_seen[None] == 0, -torch.inf)
-    inside = positives.row_P >= 0
     total = row_weight @ hidden[1].logsumexp(1)
     if column_weight is not None:
         total = total + column_weight @ hidden[0].logsumexp(0)
-    return total - (positives.weight_P * logits[positives.row_P, positives.column_P])[inside].sum()
+    own, index, weight = torch.arange(len(positives.index)), positives.index, positives.weight
+    row, column = (own, index) if positives.in_rows else (index, own)
+    inside = (index >= 0) & (index < logits.shape[1 if positives.in_rows else 0])
+    return total - (weight[inside] * logits[row[inside], column[inside]]).sum()
 
 
 @pytest.mark.parametrize("chunk", [SEVERAL_CHUNKS, 1 << 22])
 @pytest.mark.parametrize("both", [False, True])
 @pytest.mark.parametrize("hides", [False, True])
-def test_chunks_are_the_dense_form(chunk, both, hides):
-    row, column, scale, positives, weights, seen = inputs()
+@pytest.mark.parametrize("in_rows", [False, True])
+def test_chunks_are_the_dense_form(chunk, both, hides, in_rows):
+    row, column, scale, positives, weights, seen = inputs(in_rows=in_rows)
     arguments = (row, column, scale, positives, weights[0], weights[1] if both else None)
     arguments += seen if hides else (None, None)
     found, expected = pair_softmax(*arguments, chunk=chunk), dense(*arguments)

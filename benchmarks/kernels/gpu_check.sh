@@ -4,10 +4,10 @@
 #     benchmarks/kernels/gpu_check.sh FOLDER [PYTHON]
 #
 # FOLDER receives checks.jsonl (one line a check), resources.json, kernels.csv, kernels.svg, measured.txt, parts.csv,
-# parts.txt, retrieval/ (the same of exact retrieval) and summary.txt (and memory_checker.txt where compute-sanitizer is
-# there). PYTHON needs torch and Triton alone; torchscale is measured beside them where it is there. Without a GPU it
-# rehearses what it can: the checks in Triton's interpreter and the benchmarks at sizes whose figures mean nothing. The
-# exit status is 0 when all checks pass and the benchmark runs.
+# parts.txt, retrieval/ (the same of exact retrieval and of the contrastive losses) and summary.txt (and
+# memory_checker.txt where compute-sanitizer is there). PYTHON needs torch and Triton alone; torchscale is measured
+# beside them where it is there. Without a GPU it rehearses what it can: the checks in Triton's interpreter and the
+# benchmarks at sizes whose figures mean nothing. The exit status is 0 when all checks pass and the benchmark runs.
 set -uo pipefail
 root=$(cd "$(dirname "$0")/../.." && pwd)
 folder=${1:?usage: gpu_check.sh FOLDER [PYTHON]}
@@ -57,11 +57,13 @@ step benchmark 250 "$folder/benchmark.txt" \
 mkdir -p "$folder/retrieval"
 step retrieval 100 "$folder/retrieval/benchmark.txt" "${interpreter[@]}" \
     "$python" benchmarks/retrieval/gpu.py --out "$folder/retrieval" --seconds 60 "${tiny[@]}"
+step contrastive 60 "$folder/retrieval/contrastive.txt" "${interpreter[@]}" \
+    "$python" benchmarks/retrieval/contrastive_gpu.py --out "$folder/retrieval" --seconds 25 "${tiny[@]}"
 step resources 40 "$folder/resources.json" "$python" tests/kernels/ahead_of_time.py 90
 if ((!${#tiny[@]})) && command -v compute-sanitizer > /dev/null; then
     step "memory checker" 40 "$folder/memory_checker.txt" compute-sanitizer --error-exitcode 1 \
         "$python" tests/kernels/device_checks.py expert_mlp/two
 fi
-cat "$folder/benchmark.txt" "$folder/retrieval/benchmark.txt" >> "$folder/summary.txt"
+cat "$folder/benchmark.txt" "$folder/retrieval/benchmark.txt" "$folder/retrieval/contrastive.txt" >> "$folder/summary.txt"
 cat "$folder/summary.txt"
 exit $status

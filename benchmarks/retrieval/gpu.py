@@ -32,6 +32,7 @@ from mmd2v_kernels import cosine_topk, rank_count
 SCORES = 1 << 28
 """Scores that `matmul_topk` has in memory at once: 1 GiB in fp32."""
 SAMPLED = 64
+OPERATORS = ("rank_count", "cosine_topk", "contrastive")
 
 
 @dataclass(frozen=True)
@@ -107,7 +108,7 @@ def embeddings(shape: Shape, device: torch.device) -> tuple[torch.Tensor, torch.
 
 def by_path(path: str, call: Callable[[], object]) -> Callable[[], object]:
     def run() -> object:
-        os.environ["MMD2V_KERNELS"] = f"rank_count={path},cosine_topk={path}"
+        os.environ["MMD2V_KERNELS"] = ",".join(f"{operator}={path}" for operator in OPERATORS)
         try:
             return call()
         finally:
@@ -224,7 +225,7 @@ def proposals(rows: Sequence[Row], device: torch.device) -> list[str]:
     """Return the lines of `measured` that rows with both paths speak for."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     lines = []
-    for kernel in ("rank_count", "cosine_topk"):
+    for kernel in OPERATORS:
         paths = [row for row in rows if row.kernel == kernel and row.provider in ("triton", "reference")]
         if len(paths) > 1:
             best = min(paths, key=lambda row: row.p50_ms)
@@ -253,17 +254,22 @@ def draw(path: Path, rows: Sequence[Row]) -> None:
     figure.savefig(path, bbox_inches="tight")
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def options_of(about: str | None, seconds: float) -> argparse.Namespace:
+    """Return --out, --seconds and --tiny of the command line; without a CUDA device only the last runs."""
+    parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--seconds", type=float, default=100, help="no shape is begun after these")
+    parser.add_argument("--seconds", type=float, default=seconds, help="no shape is begun after these")
     parser.add_argument("--tiny", action="store_true")
     options = parser.parse_args()
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if device.type != "cuda" and not options.tiny:
-        print("error: no CUDA device; --tiny rehearses on the CPU", file=sys.stderr)
-        return 1
+    if not torch.cuda.is_available() and not options.tiny:
+        parser.exit(1, "error: no CUDA device; --tiny rehearses on the CPU\n")
     options.out.mkdir(parents=True, exist_ok=True)
+    return options
+
+
+def main() -> int:
+    options = options_of(__doc__, seconds=100)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     start, speed = time.monotonic(), rates(device, options.tiny)
     print(f"products {speed[0] / 1e12:.1f} TFLOP/s, copy {speed[1] / 1e9:.0f} GB/s")
     ours = "triton" if device.type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1" else "reference"

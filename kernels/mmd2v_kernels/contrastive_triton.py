@@ -94,28 +94,21 @@ def _fold_kernel(
 
 
 @triton.jit
-def _shifted(x, row_ptr, column_ptr, row, column, is_row, is_column, HAS_ROW: tl.constexpr, HAS_COLUMN: tl.constexpr):
-    """exp(x + row + column), [r, c], of [n] and [M] in memory."""
-    if HAS_ROW:
-        x += tl.load(row_ptr + row, mask=is_row, other=0.0)[:, None]
-    if HAS_COLUMN:
-        x += tl.load(column_ptr + column, mask=is_column, other=0.0)[None, :]
-    return tl.exp(x)
-
-
-@triton.jit
 def _softmax_gradient_kernel(
     logits_ptr,  # fp32 [n, M] in, the gradient out
-    first_row_ptr,  # fp32 [n] added to the logits of the first softmax; without one, anything
-    first_column_ptr,  # fp32 [M]
-    second_row_ptr,  # fp32 [n]
-    second_column_ptr,  # fp32 [M]
+    row_largest_ptr,  # fp32 [n]
+    row_factor_ptr,  # fp32 [n]
+    column_offset_ptr,  # fp32 [M] added to the logits of the rows' softmaxes; without one, anything
+    column_largest_ptr,  # fp32 [M]; without softmaxes of columns, anything, as the next two
+    column_factor_ptr,  # fp32 [M]
+    row_offset_ptr,  # fp32 [n]
     index_ptr,  # int64 [n] the column of each row's positive, or [M] the row of each column's
     weight_ptr,  # fp32, likewise
     rows,  # n
     columns,  # M
-    FIRST: tl.constexpr,  # (has a row's, has a column's)
-    SECOND: tl.constexpr,  # likewise, or None
+    HAS_COLUMN_OFFSET: tl.constexpr,
+    HAS_COLUMNS: tl.constexpr,
+    HAS_ROW_OFFSET: tl.constexpr,
     POSITIVES: tl.constexpr,  # 0 none, 1 one a row, 2 one a column
     ROWS: tl.constexpr,  # r
     COLUMNS: tl.constexpr,  # c
@@ -126,9 +119,17 @@ def _softmax_gradient_kernel(
     inside = is_row[:, None] & is_column[None, :]
     at = row.to(tl.int64)[:, None] * columns + column[None, :]
     x = tl.load(logits_ptr + at, mask=inside, other=0.0)
-    gradient = _shifted(x, first_row_ptr, first_column_ptr, row, column, is_row, is_column, FIRST[0], FIRST[1])
-    if SECOND is not None:
-        gradient += _shifted(x, second_row_ptr, second_column_ptr, row, column, is_row, is_column, SECOND[0], SECOND[1])
+    of_row = x
+    if HAS_COLUMN_OFFSET:
+        of_row += tl.load(column_offset_ptr + column, mask=is_column, other=0.0)[None, :]
+    gradient = tl.exp(of_row - tl.load(row_largest_ptr + row, mask=is_row, other=0.0)[:, None])
+    gradient *= tl.load(row_factor_ptr + row, mask=is_row, other=0.0)[:, None]
+    if HAS_COLUMNS:
+        of_column = x
+        if HAS_ROW_OFFSET:
+            of_column += tl.load(row_offset_ptr + row, mask=is_row, other=0.0)[:, None]
+        other = tl.exp(of_column - tl.load(column_largest_ptr + column, mask=is_column, other=0.0)[None, :])
+        gradient += other * tl.load(column_factor_ptr + column, mask=is_column, other=0.0)[None, :]
     if POSITIVES == 1:
         index = tl.load(index_ptr + row, mask=is_row, other=-1)
         weight = tl.load(weight_ptr + row, mask=is_row, other=0.0)
@@ -212,11 +213,12 @@ def _fold(
 @torch.library.custom_op("mmd2v::softmax_gradient_", mutates_args=("logits_nM",))
 def _softmax_gradient_(
     logits_nM: torch.Tensor,
-    first_row_n: torch.Tensor | None,
-    first_column_M: torch.Tensor | None,
-    second_row_n: torch.Tensor | None,
-    second_column_M: torch.Tensor | None,
-    has_second: bool,
+    row_largest_n: torch.Tensor,
+    row_factor_n: torch.Tensor,
+    column_offset_M: torch.Tensor | None,
+    column_largest_M: torch.Tensor | None,
+    column_factor_M: torch.Tensor | None,
+    row_offset_n: torch.Tensor | None,
     index: torch.Tensor | None,
     weight: torch.Tensor | None,
     in_rows: bool,
@@ -225,16 +227,17 @@ def _softmax_gradient_(
         return
     rows, columns = logits_nM.shape
     tile = SIZES.gradient
-    shifts = (first_row_n, first_column_M, second_row_n, second_column_M)
+    optional = (column_offset_M, column_largest_M, column_factor_M, row_offset_n, index, weight)
     _softmax_gradient_kernel[(triton.cdiv(columns, tile[1]), triton.cdiv(rows, tile[0]))](
         logits_nM,
-        *(logits_nM if shift is None else shift for shift in shifts),
-        logits_nM if index is None else index,
-        logits_nM if weight is None else weight,
+        row_largest_n,
+        row_factor_n,
+        *(logits_nM if tensor is None else tensor for tensor in optional),
         rows,
         columns,
-        FIRST=(first_row_n is not None, first_column_M is not None),
-        SECOND=(second_row_n is not None, second_column_M is not None) if has_second else None,
+        HAS_COLUMN_OFFSET=column_offset_M is not None,
+        HAS_COLUMNS=column_largest_M is not None,
+        HAS_ROW_OFFSET=row_offset_n is not None,
         POSITIVES=0 if index is None else 1 if in_rows else 2,
         ROWS=tile[0],
         COLUMNS=tile[1],
@@ -286,12 +289,11 @@ def fold(
 
 
 def softmax_gradient_(
-    logits_nM: torch.Tensor, softmaxes: tuple[Softmax, ...], positives: Positives | None
+    logits_nM: torch.Tensor, of_rows: Softmax, of_columns: Softmax | None, positives: Positives | None
 ) -> torch.Tensor:
     """Do what `LogitChunks.softmax_gradient_` says, for contiguous fp32 logits."""
-    first, second = softmaxes if len(softmaxes) == 2 else (*softmaxes, None)
     index, weight, in_rows = positives or (None, None, False)
-    _softmax_gradient_(logits_nM, *first, *(second or (None, None)), second is not None, index, weight, in_rows)
+    _softmax_gradient_(logits_nM, *of_rows, *(of_columns or (None, None, None)), index, weight, in_rows)
     return logits_nM
 
 
@@ -320,10 +322,17 @@ def configurations() -> list[Configuration]:
                 tile,
             )
         )
-    shifts = dict.fromkeys(("first_row_ptr", "first_column_ptr", "second_row_ptr", "second_column_ptr"), "*fp32")
-    signature = logits | shifts | {"index_ptr": "*i64", "weight_ptr": "*fp32"} | sizes
-    for name, second, positives in (("both", (False, True), 1), ("images", None, 2), ("captions", None, 1)):
-        constants = {"FIRST": (True, False), "SECOND": second, "POSITIVES": positives}
+    vectors = ("row_largest", "row_factor", "column_offset", "column_largest", "column_factor", "row_offset")
+    signature = logits | {f"{name}_ptr": "*fp32" for name in vectors}
+    signature |= {"index_ptr": "*i64", "weight_ptr": "*fp32"} | sizes
+    for name, of_columns, hidden, positives in (
+        ("both", True, False, 1),
+        ("both_hidden", True, True, 2),
+        ("images", False, False, 2),
+        ("captions", False, False, 1),
+    ):
+        constants = {"HAS_COLUMN_OFFSET": hidden, "HAS_COLUMNS": of_columns, "HAS_ROW_OFFSET": hidden}
+        constants |= {"POSITIVES": positives}
         found.append(
             _configuration(f"softmax_gradient/{name}", _softmax_gradient_kernel, signature, constants, SIZES.gradient)
         )

@@ -44,15 +44,18 @@ class RunningLogSumExp(NamedTuple):
 
 
 class Softmax(NamedTuple):
-    """The softmax of each row or column times that query's weight, as exp(logit + row + column)."""
+    """The softmax of each row, or of each column, times the weight of that query: of Q queries, C candidates."""
 
-    row_n: torch.Tensor | None
-    column_M: torch.Tensor | None
+    largest_Q: torch.Tensor
+    factor_Q: torch.Tensor
+    """Weight over Σ exp(logit − largest)."""
+    offset_C: torch.Tensor | None
+    """What is added to the logits of a candidate."""
 
-    @staticmethod
-    def shift(logsumexp: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        """Return what a query adds to its logits for that; weights are at least 0, and 0 gives -inf."""
-        return weight.log() - logsumexp
+    @classmethod
+    def of(cls, running: RunningLogSumExp, weight_Q: torch.Tensor, offset_C: torch.Tensor | None) -> Softmax:
+        """Of finished sums. exp(logit − log-sum-exp) would round a number as large as the logits."""
+        return cls(running.largest, weight_Q / running.total, offset_C)
 
 
 class Positives(NamedTuple):
@@ -133,23 +136,32 @@ class LogitChunks:
         running.largest.copy_(largest)
 
     def softmax_gradient_(
-        self, logits_nM: torch.Tensor, softmaxes: tuple[Softmax, ...], positives: Positives | None
+        self, logits_nM: torch.Tensor, of_rows: Softmax, of_columns: Softmax | None, positives: Positives | None
     ) -> torch.Tensor:
-        """Make of the logits the sum of one or two softmaxes less the weights of the positives."""
+        """Make of the logits the sum of the softmaxes less the weights of the positives."""
         if self._by_triton:
             from mmd2v_kernels import contrastive_triton
 
-            return contrastive_triton.softmax_gradient_(logits_nM, softmaxes, positives)
-        first, *others = softmaxes
-        for other in others:
-            spare_nM = _exponentials(logits_nM, other, out=self._spare_of(logits_nM))
-        gradient_nM = _exponentials(logits_nM, first, out=logits_nM)
-        if others:
-            gradient_nM += spare_nM
-        if positives is not None:
-            row, column, weight = positives.places(logits_nM.shape)
-            gradient_nM.index_put_((row, column), -weight, accumulate=True)
-        return gradient_nM
+            return contrastive_triton.softmax_gradient_(logits_nM, of_rows, of_columns, positives)
+        own_nM = _exponentials(logits_nM, of_rows, 1, out=self._spare_of(logits_nM)).mul_(of_rows.factor_Q[:, None])
+        return _gradient(own_nM, logits_nM, of_columns, positives)
+
+    def whole_rows(
+        self,
+        running: RunningLogSumExp,
+        logits_nM: torch.Tensor,
+        weight_n: torch.Tensor,
+        column_offset_M: torch.Tensor | None,
+        of_columns: Softmax | None,
+        positives: Positives,
+    ) -> torch.Tensor:
+        """Do both for rows of which nothing was folded before: return their softmaxes and all that is added."""
+        self.fold(running, logits_nM, column_offset_M, dim=1)
+        of_rows = Softmax.of(running, weight_n, column_offset_M)
+        if self._by_triton:
+            return self.softmax_gradient_(logits_nM, of_rows, of_columns, positives)
+        own_nM = self._spare_of(logits_nM).mul_(of_rows.factor_Q[:, None])  # folding has left the exponentials there
+        return _gradient(own_nM, logits_nM, of_columns, positives)
 
     def sigmoid_gradient_(
         self, logits_nM: torch.Tensor, sigmoid: Sigmoid
@@ -177,9 +189,19 @@ class LogitChunks:
         return self._spare[: len(logits_nM)]
 
 
-def _exponentials(logits_nM: torch.Tensor, softmax: Softmax, out: torch.Tensor) -> torch.Tensor:
-    row_n1 = None if softmax.row_n is None else softmax.row_n[:, None]
-    added = [shift for shift in (row_n1, softmax.column_M) if shift is not None]
-    for shift in added:
-        logits_nM = torch.add(logits_nM, shift, out=out)
-    return torch.exp(logits_nM, out=out)
+def _gradient(
+    of_rows_nM: torch.Tensor, logits_nM: torch.Tensor, of_columns: Softmax | None, positives: Positives | None
+) -> torch.Tensor:
+    if of_columns is not None:
+        other_nM = _exponentials(logits_nM, of_columns, 0, out=logits_nM)
+        of_rows_nM.addcmul_(other_nM, of_columns.factor_Q.expand_as(other_nM))
+    if positives is not None:
+        row, column, weight = positives.places(of_rows_nM.shape)
+        of_rows_nM.index_put_((row, column), -weight, accumulate=True)
+    return of_rows_nM
+
+
+def _exponentials(logits_nM: torch.Tensor, softmax: Softmax, dim: int, out: torch.Tensor) -> torch.Tensor:
+    if softmax.offset_C is not None:
+        logits_nM = torch.add(logits_nM, softmax.offset_C.unsqueeze(1 - dim), out=out)
+    return torch.sub(logits_nM, softmax.largest_Q.unsqueeze(dim), out=out).exp_()

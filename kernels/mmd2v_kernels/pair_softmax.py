@@ -76,15 +76,13 @@ class _PairSoftmax(torch.autograd.Function):
         chunks = LogitChunks(len(row_ND), len(column_MD), row_ND, chunk)
         needs_gradient = any(ctx.needs_input_grad[:3])
         total = row_ND.new_zeros(())
-        column_shift_M = None
+        of_columns = None
         if column_weight_M is not None:
             of_columns = RunningLogSumExp.of_nothing(column_MD)
             for rows in chunks.rows():
                 logits_nM = chunks.logits(row_ND[rows], column_MD, scale)
                 chunks.fold(of_columns, logits_nM, _part(row_offset_N, rows), dim=0)
-            column_lse_M = of_columns.value()
-            column_shift_M = Softmax.shift(column_lse_M, column_weight_M)
-            total += column_weight_M @ column_lse_M
+            total += column_weight_M @ of_columns.value()
         row_gradient_ND = torch.empty_like(row_ND) if needs_gradient else row_ND
         column_gradient_MD = torch.zeros_like(column_MD) if needs_gradient else column_MD
         of_rows = RunningLogSumExp.of_nothing(row_ND)
@@ -93,14 +91,14 @@ class _PairSoftmax(torch.autograd.Function):
             own = positives.of(rows)
             row, column, weight = own.places(logits_nM.shape)
             total -= weight @ logits_nM[row, column]
-            chunks.fold(of_rows.part(rows), logits_nM, column_offset_M, dim=1)
+            of_own = of_rows.part(rows)
             if not needs_gradient:
+                chunks.fold(of_own, logits_nM, column_offset_M, dim=1)
                 continue
-            row_shift_n = Softmax.shift(of_rows.part(rows).value(), row_weight_N[rows])
-            softmaxes = [Softmax(row_shift_n, column_offset_M)]
-            if column_shift_M is not None:
-                softmaxes.append(Softmax(_part(row_offset_N, rows), column_shift_M))
-            gradient_nM = chunks.softmax_gradient_(logits_nM, tuple(softmaxes), own)
+            columns = None
+            if of_columns is not None and column_weight_M is not None:
+                columns = Softmax.of(of_columns, column_weight_M, _part(row_offset_N, rows))
+            gradient_nM = chunks.whole_rows(of_own, logits_nM, row_weight_N[rows], column_offset_M, columns, own)
             torch.mm(gradient_nM, column_MD, out=row_gradient_ND[rows])
             column_gradient_MD.addmm_(gradient_nM.t(), row_ND[rows])
         total += row_weight_N @ of_rows.value()

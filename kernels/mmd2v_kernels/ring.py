@@ -106,19 +106,19 @@ class _RingSoftmax(torch.autograd.Function):
                 chunks.fold(of_images.part(rows), logits_rn, offset_n, dim=1)
                 chunks.fold(of_texts, logits_rn, image_offset_b[rows], dim=0)
             of_texts = RunningLogSumExp(*ring.shift(of_texts)())
-        image_lse_b, text_lse_n = of_images.value(), of_texts.value()
-        total += image_weight_b @ image_lse_b + text_weight_n @ text_lse_n
+        total += image_weight_b @ of_images.value() + text_weight_n @ of_texts.value()
         if not any(ctx.needs_input_grad[:3]):
             return total
-        image_shift_b = Softmax.shift(image_lse_b, image_weight_b)
-        text_shift_n = Softmax.shift(text_lse_n, text_weight_n)
         image_gradient_bD, text_gradient_nD = torch.zeros_like(image_bD), torch.zeros_like(text_nD)
-        for step, (visiting_nD, offset_n, shift_n) in _round(ring, [text_nD, text_offset_n, text_shift_n]):
+        own_softmax = Softmax.of(of_texts, text_weight_n, None)
+        visitor = [text_nD, text_offset_n, own_softmax.largest_Q, own_softmax.factor_Q]
+        for step, (visiting_nD, offset_n, largest_n, factor_n) in _round(ring, visitor):
             for rows in chunks.rows():
                 logits_rn = chunks.logits(image_bD[rows], visiting_nD, scale)
-                softmaxes = Softmax(image_shift_b[rows], offset_n), Softmax(image_offset_b[rows], shift_n)
+                of_rows = Softmax.of(of_images.part(rows), image_weight_b[rows], offset_n)
+                of_columns = Softmax(largest_n, factor_n, image_offset_b[rows])
                 own = positives.of(rows) if step == 0 else None
-                gradient_rn = chunks.softmax_gradient_(logits_rn, softmaxes, own)
+                gradient_rn = chunks.softmax_gradient_(logits_rn, of_rows, of_columns, own)
                 image_gradient_bD[rows].addmm_(gradient_rn, visiting_nD)
                 text_gradient_nD.addmm_(gradient_rn.t(), image_bD[rows])
             (text_gradient_nD,) = ring.shift([text_gradient_nD])()

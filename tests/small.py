@@ -33,7 +33,7 @@ def small_config(**changes) -> Config:
             "layers": [{"kind": "separate"}, {"kind": "mome"}, {"kind": "shared"}],
         },
         "objectives": [{"kind": "contrastive"}],
-        "engine": {"batch_size": 4},
+        "engine": {"batch_size": 4, "precision": "bf16_autocast"},
     }
     for path, value in changes.items():
         node = data

@@ -65,11 +65,13 @@ from mmd2v.config.schema import Config
 from mmd2v.data.damage import Damage
 from mmd2v.data.shards import RawSample, ShardSet
 from mmd2v.data.tokenizers import load_tokenizer
+from mmd2v.distributed.environment import World
 from mmd2v.errors import UserError
 from mmd2v.evaluation.retrieval import RECALL_AT, retrieval_metrics
 from mmd2v.files import atomic_path, check_output, write_json, write_text
 from mmd2v.progress import Progress
 from mmd2v.report.machine import processor
+from mmd2v.train.precision import resolve_precision
 from mmd2v.train.run_dir import code_version
 
 HERE = Path(__file__).parent
@@ -258,7 +260,7 @@ def main(argv: Sequence[str]) -> int:
     files = {ending: options.out.with_suffix(f".{ending}") for ending in ("csv", "json", "svg")}
     for file in files.values():
         check_output("--out", file)
-    configs = [load_config(path, overrides, options.scale) for path in options.configs]
+    configs = [_with_precision(load_config(path, overrides, options.scale)) for path in options.configs]
     with tempfile.TemporaryDirectory() as work:
         measured, versions = measure(options, configs, Path(work))
     machine = {
@@ -279,10 +281,19 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def _device(config: Config) -> str:
+def _on_cuda(config: Config) -> bool:
     name = config.engine.device
-    on_cuda = name == "cuda" or (name == "auto" and torch.cuda.is_available())
-    return torch.cuda.get_device_name() if on_cuda else "cpu"
+    return name == "cuda" or (name == "auto" and torch.cuda.is_available())
+
+
+def _device(config: Config) -> str:
+    return torch.cuda.get_device_name() if _on_cuda(config) else "cpu"
+
+
+def _with_precision(config: Config) -> Config:
+    """Name the precision that the run will take by itself: the peer and the table have to know it."""
+    device = torch.device("cuda" if _on_cuda(config) else "cpu")
+    return resolve_precision(config, World(0, 1, 0, device, "gloo"))[0]
 
 
 # ----------------------------------------------------------------------------------------- what is measured

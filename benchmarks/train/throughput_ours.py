@@ -39,7 +39,7 @@ class MeasuredRun(Run):
         super().__init__(config, *rest)
         self.channel = channel
         self.window = Window(self.world.device)
-        self.dtype = PRODUCTS[config.engine.precision]
+        self.dtype = PRODUCTS[self.config.engine.precision]
         self._request: dict[str, Any] = {}
         self._left = 0
         self._seen: Iterator[Batch] | None = None

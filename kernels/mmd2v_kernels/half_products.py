@@ -7,6 +7,7 @@ Shapes: T rows, r of one block, D width, E output width.
 
 from __future__ import annotations
 
+import platform
 from functools import cache
 from typing import Any
 
@@ -14,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
-__all__ = ["FP32_ROWS", "linear", "multiplies", "product_dtype"]
+__all__ = ["FP32_ROWS", "half_of", "linear", "multiplies", "product_dtype"]
 
 _INSTRUCTIONS = {torch.bfloat16: "_is_mkldnn_bf16_supported", torch.float16: "_is_mkldnn_fp16_supported"}
 FP32_ROWS = 512
@@ -27,6 +28,15 @@ def multiplies(device: str, dtype: torch.dtype) -> bool:
     if device != "cpu" or dtype not in _INSTRUCTIONS:
         return True
     return torch.backends.mkldnn.is_available() and bool(getattr(torch.ops.mkldnn, _INSTRUCTIONS[dtype])())
+
+
+def half_of(device: torch.device) -> torch.dtype | None:
+    """Return the half precision that ``device`` has instructions for, bf16 before fp16; None of a processor without."""
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+    # oneDNN takes bf16 wherever there is AVX-512, and multiplies in fp32 where that is without bf16.
+    native = platform.machine() not in ("x86_64", "AMD64") or torch.cpu._is_avx512_bf16_supported()
+    return torch.bfloat16 if native and multiplies(device.type, torch.bfloat16) else None
 
 
 def product_dtype(x: torch.Tensor) -> torch.dtype:

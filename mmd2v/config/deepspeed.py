@@ -8,6 +8,7 @@ from typing import Any
 
 from mmd2v.config.batch_plan import plan_batches
 from mmd2v.config.schema import Config
+from mmd2v.config.training import AUTO
 from mmd2v.errors import UserError
 
 # Elements of one communication bucket. DeepSpeed's default of 5e8 reserves 2 GB of fp32 a bucket, more than
@@ -33,8 +34,11 @@ def deepspeed_config(config: Config, world_size: int) -> dict[str, Any]:
     """Return DeepSpeed's dictionary for ``config`` on ``world_size`` ranks.
 
     ``engine.deepspeed`` is merged over it. Raises UserError when that names an option which is a field of its own,
-    or when the batch does not divide.
+    or when the batch does not divide, and ValueError while ``engine.precision`` has no name yet: it would be taken
+    for fp32.
     """
+    if config.engine.precision == AUTO:
+        raise ValueError(f"engine.precision is '{AUTO}' still; mmd2v.train.precision gives it a name")
     plan = plan_batches(config, world_size)
     micro_batch = 1 if plan.unit == "tokens" else plan.micro_batch
     engine = config.engine

@@ -9,6 +9,8 @@ from pydantic import Field
 from mmd2v.config.section import LONGEST_WAIT, Fraction, NonNegativeInt, PositiveInt, Rate, Section
 
 Precision = Literal["fp32", "bf16", "bf16_autocast", "fp16"]
+AUTO: Literal["auto"] = "auto"
+"""`engine.precision` until `mmd2v.train.precision` gives it a name."""
 
 
 class ParameterGroupConfig(Section):
@@ -58,8 +60,11 @@ class EngineConfig(Section):
     micro_batch_size: PositiveInt | None = Field(
         None, description="images a rank and forward pass; none: batch_size / ranks (no accumulation)"
     )
-    precision: Precision = Field(
-        "bf16_autocast", description="bf16_autocast: fp32 weights, bf16 products; bf16 / fp16: DeepSpeed's own modes"
+    precision: Literal["auto", Precision] = Field(
+        AUTO,
+        description="auto: bf16_autocast where the devices of all ranks have instructions for it, else fp32, and that "
+        "of the checkpoint when a run goes on; bf16_autocast: fp32 weights, bf16 products; bf16 / fp16: DeepSpeed's "
+        "own modes",
     )
     zero_stage: Literal[0, 1, 2, 3] = Field(1, description="what DeepSpeed shards: 1 optimiser, 2 gradients, 3 weights")
     zero3_persistence_threshold: NonNegativeInt = Field(

@@ -10,6 +10,7 @@ from torch import nn
 
 from mmd2v import __version__
 from mmd2v.config.schema import Config, EncoderConfig, LayerConfig, ShardsConfig
+from mmd2v.config.training import AUTO
 from mmd2v.models.parameters import part
 from mmd2v.report.recall_table import chance_row, recall_table
 
@@ -117,7 +118,8 @@ def _training(config: Config, training: Training) -> str:
     sources = sorted({config.model.sources.get(init.source, init.source) for init in inits})
     lines += [f"- Layers started from `{source}`" for source in sources]
     o = config.optimizer
-    lines.append(f"- Learning rate {o.lr:g} ({o.schedule}), weight decay {o.weight_decay:g}, {config.engine.precision}")
+    arithmetic = "" if config.engine.precision == AUTO else f", {config.engine.precision}"  # nothing was trained
+    lines.append(f"- Learning rate {o.lr:g} ({o.schedule}), weight decay {o.weight_decay:g}{arithmetic}")
     lines.append("- The whole recipe is in `config.yaml`")
     return "\n".join(lines)
 

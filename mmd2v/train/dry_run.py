@@ -30,6 +30,7 @@ from mmd2v.train.evaluation import check_evaluation
 from mmd2v.train.metrics import LossMeter, memory_gigabytes
 from mmd2v.train.mock import mock_batch
 from mmd2v.train.parts import Parts, build_parts
+from mmd2v.train.precision import resolve_precision
 from mmd2v.train.replay import Source, choose_sources
 from mmd2v.train.schedule import build_schedule
 from mmd2v.train.token_batches import known_token_order
@@ -47,8 +48,11 @@ def dry_run(config: Config) -> None:
     console = Console(quiet=not world.is_main, highlight=False)
     if not console.is_terminal:
         console = Console(quiet=not world.is_main, highlight=False, width=_WIDTH)
+    config, precision_said = resolve_precision(config, world)
     console.rule("config")
     console.print(dump_config(config), markup=False, soft_wrap=True)
+    if precision_said:
+        console.print(precision_said, markup=False, soft_wrap=True)
 
     plan = from_main_rank(lambda: plan_batches(config, world.size))
     console.rule("batches")

@@ -153,7 +153,7 @@ PRODUCTS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16
 def _check_precision(config: Config, world: World) -> None:
     precision = config.engine.precision
     if precision == "fp16" and world.device.type == "cpu":
-        raise UserError("engine.precision: 'fp16' needs CUDA; on the CPU use 'bf16_autocast', 'bf16' or 'fp32'")
+        raise UserError("engine.precision: 'fp16' needs CUDA; on the CPU use 'auto', 'bf16_autocast', 'bf16' or 'fp32'")
     if precision.startswith("bf16") and world.device.type == "cuda" and not torch.cuda.is_bf16_supported():
         raise UserError(f"engine.precision: this GPU has no bfloat16, which '{precision}' needs; use 'fp16' or 'fp32'")
 

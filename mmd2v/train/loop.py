@@ -51,6 +51,7 @@ from mmd2v.train.metrics import (
 )
 from mmd2v.train.outlook import look_ahead
 from mmd2v.train.parts import Parts, build_parts
+from mmd2v.train.precision import resolve_precision
 from mmd2v.train.replay import Source, choose_sources
 from mmd2v.train.run_dir import CONFIG_FILE, config_changes, describe_run
 from mmd2v.train.saves import Saves
@@ -97,6 +98,9 @@ class Run:
         from_main_rank(lambda: restore_replaced(self.run_dir))
         choice: Choice = from_main_rank(lambda: choose_checkpoint(self.run_dir, resume, config.checkpoint.verify))
         start = choice.path
+        # Everything below reads the config with its precision by name.
+        config, precision_said = resolve_precision(config, world, start)
+        self.config = config
 
         self._leave_if_asked()  # before anything large is loaded
         sources: dict[str, Source] = from_main_rank(lambda: choose_sources(config, self.plan, self.steps, world.device))
@@ -141,7 +145,7 @@ class Run:
             world, self.steps, self.step, self.sample_index, counts_tokens=self.parts.tokenizer is not None
         )
         self._batches: Generator[Batch, None, None] | None = None
-        announce(self.reporter.say, config, world, self.outlook, self.parts, self.engine, sources)
+        announce(self.reporter.say, config, world, self.outlook, self.parts, self.engine, sources, precision_said)
         for line in choice.said:
             self.reporter.say(line)
         if start is not None:

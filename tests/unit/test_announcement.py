@@ -7,11 +7,21 @@ import torch
 
 from mmd2v.train import announcement
 
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+
 
 @pytest.mark.parametrize("precision", ["bf16_autocast", "bf16", "fp16"])
 def test_products_without_instructions_are_warned_of(precision, monkeypatch):
-    monkeypatch.setattr(announcement, "multiplies", lambda device, dtype: device != "cpu" or dtype == torch.float32)
-    (told,) = announcement._slow_products(precision, torch.device("cpu"))
-    assert f"engine.precision: found {precision}" in told and "--engine.precision fp32" in told
-    assert announcement._slow_products("fp32", torch.device("cpu")) == []
-    assert announcement._slow_products(precision, torch.device("cuda")) == []
+    monkeypatch.setattr(announcement, "multiplies", lambda device, dtype: dtype == torch.float32)
+    monkeypatch.setattr(announcement, "half_of", lambda device: torch.bfloat16)
+    (told,) = announcement._slow_products(precision, CPU)
+    assert f"engine.precision: found {precision}, but this processor" in told and "--engine.precision fp32" in told
+    assert announcement._slow_products("fp32", CPU) == []
+    assert announcement._slow_products(precision, CUDA) == []
+
+
+@pytest.mark.parametrize(("precision", "warned"), [("bf16_autocast", 1), ("bf16", 1), ("fp16", 0), ("fp32", 0)])
+def test_bf16_of_a_gpu_that_only_emulates_it_is_warned_of(precision, warned, monkeypatch):
+    monkeypatch.setattr(announcement, "half_of", lambda device: torch.float16)
+    told = announcement._slow_products(precision, CUDA)
+    assert len(told) == warned and all("this GPU has no instructions" in line for line in told)

@@ -93,6 +93,11 @@ def test_no_precision_mode_of_deepspeed_for_full_weights(precision):
     assert options["gradient_clipping"] == 0.0
 
 
+def test_a_precision_without_a_name_never_reaches_deepspeed():
+    with pytest.raises(ValueError, match=r"engine\.precision is 'auto' still"):
+        deepspeed_config(small_config(engine__precision="auto"), 1)
+
+
 @pytest.mark.parametrize(
     ("options", "field"),
     [

@@ -97,6 +97,11 @@ ERRORS = {
     "unknown key in a list": (
         "model: {layers: [{kind: mome, coun: 2}]}", (), ["model.layers.0.coun: unknown key", "'count'"]
     ),
+    "unknown choice": (
+        "engine: {precision: bf16_autocas}",
+        (),
+        ["run.yaml: engine.precision: found 'bf16_autocas'; expected 'auto', 'fp32'", "Did you mean 'bf16_autocast'?"],
+    ),
     "unknown kind": ("model: {encoders: {image: {kind: pach}}}", (), ["found 'pach'", "Did you mean 'patch'?"]),
     "missing kind": ("objectives: [{weight: 2}]", (), ["objectives.0: kind: missing"]),
     "missing value": ("model: {encoders: {image: {kind: timm}}}", (), ["image.name: missing", "timm model name"]),

@@ -15,6 +15,7 @@ import mmd2v.teachers
 from mmd2v.data.batch import Batch
 from mmd2v.data.transforms import decode_image
 from mmd2v.errors import UserError
+from mmd2v.models.teachers import base
 from mmd2v.models.timm_backbone import feature_shape
 
 
@@ -135,9 +136,10 @@ def test_a_hugging_face_vision_teacher_uses_its_own_statistics(vision_folder):
     assert not torch.allclose(own, other, atol=1e-3)
 
 
-def test_automatic_precision_is_what_the_device_has(weights):
+@pytest.mark.parametrize(("half", "expected"), [(torch.bfloat16, torch.bfloat16), (None, torch.float32)])
+def test_automatic_precision_is_what_the_device_has(half, expected, weights, monkeypatch):
+    monkeypatch.setattr(base, "half_of", lambda device: half)
     teacher = mmd2v.teachers.load(f"timm:resnet10t@{weights}")
-    expected = torch.bfloat16 if torch.ops.mkldnn._is_mkldnn_bf16_supported() else torch.float32
     assert teacher.dtype == expected and next(teacher.parameters()).dtype == expected
 
 

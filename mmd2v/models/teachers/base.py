@@ -15,7 +15,7 @@ from mmd2v.config.schema import TeacherConfig
 from mmd2v.data.batch import Batch
 from mmd2v.errors import UserError
 from mmd2v.models.encoders.base import Encoded
-from mmd2v_kernels.half_products import multiplies
+from mmd2v_kernels.half_products import half_of
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -55,11 +55,7 @@ class Needs:
 
 def teacher_dtype(precision: str, device: torch.device) -> torch.dtype:
     """Return the dtype of a teacher's forward pass; ``auto`` takes the half precision the device has, else fp32."""
-    if precision != "auto":
-        return _DTYPES[precision]
-    if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
-    return torch.bfloat16 if multiplies(device.type, torch.bfloat16) else torch.float32
+    return _DTYPES[precision] if precision != "auto" else half_of(device) or torch.float32
 
 
 class Teacher(nn.Module):

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Every check of the kernels that needs a GPU, and their benchmark, in at most eight minutes.
+# Every check of the kernels that needs a GPU, and their benchmark, in about eight minutes.
 #
 #     benchmarks/kernels/gpu_check.sh FOLDER [PYTHON]
 #

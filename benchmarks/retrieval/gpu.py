@@ -32,7 +32,7 @@ from mmd2v_kernels import cosine_topk, rank_count
 SCORES = 1 << 28
 """Scores that `matmul_topk` has in memory at once: 1 GiB in fp32."""
 SAMPLED = 64
-OPERATORS = ("rank_count", "cosine_topk", "contrastive")
+OPERATORS = ("rank_count", "cosine_topk", "contrastive", "siglip")
 
 
 @dataclass(frozen=True)
@@ -221,8 +221,15 @@ def write(path: Path, rows: Sequence[Row]) -> None:
     temporary.replace(path)
 
 
+def write_lines(path: Path, lines: Sequence[str]) -> None:
+    """Write them by a temporary file."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+    temporary.replace(path)
+
+
 def proposals(rows: Sequence[Row], device: torch.device) -> list[str]:
-    """Return the lines of `measured` that rows with both paths speak for."""
+    """Return the lines of `measured` that rows of one shape speak for, where there are both paths."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     lines = []
     for kernel in OPERATORS:
@@ -285,7 +292,7 @@ def main() -> int:
         write(options.out / "retrieval.csv", done)
         if device.type == "cuda":
             torch.cuda.empty_cache()
-    (options.out / "measured.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    write_lines(options.out / "measured.txt", lines)
     draw(options.out / "retrieval.svg", done)
     return 0
 

@@ -65,7 +65,7 @@ from mmd2v.config.schema import Config
 from mmd2v.data.damage import Damage
 from mmd2v.data.shards import RawSample, ShardSet
 from mmd2v.data.tokenizers import load_tokenizer
-from mmd2v.distributed.environment import World
+from mmd2v.distributed.environment import World, choose_device
 from mmd2v.errors import UserError
 from mmd2v.evaluation.retrieval import RECALL_AT, retrieval_metrics
 from mmd2v.files import atomic_path, check_output, write_json, write_text
@@ -282,8 +282,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _on_cuda(config: Config) -> bool:
-    name = config.engine.device
-    return name == "cuda" or (name == "auto" and torch.cuda.is_available())
+    return choose_device(config.engine.device) == "cuda"
 
 
 def _device(config: Config) -> str:

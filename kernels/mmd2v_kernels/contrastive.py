@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import torch
 
-from mmd2v_kernels.logit_chunks import CHUNK
+from mmd2v_kernels.logit_chunks import CHUNK, check_rows
 from mmd2v_kernels.pair_softmax import Positives, pair_softmax
 
 __all__ = ["ContrastiveWeights", "contrastive"]
@@ -46,8 +46,9 @@ def contrastive(
     caption's row in ``image_BD``; ``image_offset`` is the row in ``image_BD`` of this rank's first image. ``scale``
     is the inverse temperature. ``weights`` leaves rows out: the means still divide by all rows, so that the loss is the
     same however the rows lie on ranks. Logits are computed in fp32, about
-    ``chunk`` at once: no B × N matrix is ever in memory.
+    ``chunk`` at once: no B × N matrix is ever in memory. Raises ValueError without an image or without a caption.
     """
+    check_rows(image_bD, text_nD)
     image_b, text_n, image_B, text_N = weights or (None, None, None, None)
     with torch.autocast(image_bD.device.type, enabled=False):  # which would round what is summed to bf16
         row_N = owner_N - image_offset
@@ -67,8 +68,8 @@ def contrastive(
                 text_nD, image_BD, scale, of_captions, terms.text_n, column_seen_M=image_B, chunk=chunk
             )
         if label_smoothing:
-            even = even_product(terms.image_b, image_bD, *seen_sum(text_ND, text_N))
-            even = even + even_product(terms.text_n, text_nD, *seen_sum(image_BD, image_B))
+            even = even_product(terms.image_b, image_bD, seen_sum(text_ND, text_N))
+            even = even + even_product(terms.text_n, text_nD, seen_sum(image_BD, image_B))
             loss = loss - label_smoothing * scale.float().reshape(()) * even
         return loss / 2
 
@@ -113,14 +114,12 @@ def _weight(weight: torch.Tensor | None, queries: int, like: torch.Tensor) -> to
     return torch.full((queries,), 1 / queries, device=like.device) if weight is None else weight.float() / queries
 
 
-def seen_sum(candidate_cD: torch.Tensor, seen_c: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the sum of the candidates that count, [D], and their number."""
+def seen_sum(candidate_cD: torch.Tensor, seen_c: torch.Tensor | None) -> torch.Tensor:
+    """Return the sum of the candidates that count, and after it their number, [D + 1]."""
     seen_c = torch.ones_like(candidate_cD[:, 0], dtype=torch.float32) if seen_c is None else seen_c.float()
-    return seen_c @ candidate_cD.float(), seen_c.sum()
+    return torch.cat([seen_c @ candidate_cD.float(), seen_c.sum().reshape(1)])
 
 
-def even_product(
-    weight_q: torch.Tensor, query_qD: torch.Tensor, sum_D: torch.Tensor, count: torch.Tensor
-) -> torch.Tensor:
-    """Return Σ weight · (mean product of the query with the candidates that count)."""
-    return (weight_q @ query_qD.float()) @ (sum_D / count.clamp(min=1))
+def even_product(weight_q: torch.Tensor, query_qD: torch.Tensor, seen_E: torch.Tensor) -> torch.Tensor:
+    """Return Σ weight · (mean product of the query with the candidates that count), of `seen_sum`'s [D + 1]."""
+    return (weight_q @ query_qD.float()) @ (seen_E[:-1] / seen_E[-1].clamp(min=1))

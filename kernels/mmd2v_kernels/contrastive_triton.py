@@ -304,38 +304,30 @@ def sigmoid_gradient_(logits_nM: torch.Tensor, sigmoid: Sigmoid) -> tuple[torch.
 
 
 def configurations() -> list[Configuration]:
-    """Return the forms of one rank (both directions at once), of many (each by itself), and of the sigmoid loss."""
+    """Return every form: of one rank, of gathered embeddings and of a ring, with and without hidden rows."""
     logits, sizes = {"logits_ptr": "*fp32"}, {"rows": "i32", "columns": "i32"}
     found = []
-    for name, by_columns, hidden in (
-        ("rows", False, False),
-        ("rows_hidden", False, True),
-        ("columns", True, False),
-    ):
-        tile = SIZES.fold_columns if by_columns else SIZES.fold_rows
-        found.append(
-            _configuration(
-                f"fold/{name}",
-                _fold_kernel,
-                logits | {"offset_ptr": "*fp32", "largest_ptr": "*fp32", "total_ptr": "*fp32"} | sizes,
-                {"BY_COLUMNS": by_columns, "HAS_OFFSET": hidden},
-                tile,
-            )
-        )
+    state = {"offset_ptr": "*fp32", "largest_ptr": "*fp32", "total_ptr": "*fp32"}
+    for side, by_columns, tile in (("rows", False, SIZES.fold_rows), ("columns", True, SIZES.fold_columns)):
+        for hidden in (False, True):
+            constants = {"BY_COLUMNS": by_columns, "HAS_OFFSET": hidden}
+            name = f"fold/{side}{'_hidden' * hidden}"
+            found.append(_configuration(name, _fold_kernel, logits | state | sizes, constants, tile))
     vectors = ("row_largest", "row_factor", "column_offset", "column_largest", "column_factor", "row_offset")
     signature = logits | {f"{name}_ptr": "*fp32" for name in vectors}
     signature |= {"index_ptr": "*i64", "weight_ptr": "*fp32"} | sizes
-    for name, of_columns, hidden, positives in (
-        ("both", True, False, 1),
-        ("both_hidden", True, True, 2),
-        ("images", False, False, 2),
-        ("captions", False, False, 1),
+    for name, of_columns, positives in (
+        ("one_rank", True, 1),
+        ("ring_home", True, 2),
+        ("ring_away", True, 0),
+        ("images", False, 2),
+        ("captions", False, 1),
     ):
-        constants = {"HAS_COLUMN_OFFSET": hidden, "HAS_COLUMNS": of_columns, "HAS_ROW_OFFSET": hidden}
-        constants |= {"POSITIVES": positives}
-        found.append(
-            _configuration(f"softmax_gradient/{name}", _softmax_gradient_kernel, signature, constants, SIZES.gradient)
-        )
+        for hidden in (False, True):
+            constants = {"HAS_COLUMN_OFFSET": hidden, "HAS_COLUMNS": of_columns}
+            constants |= {"HAS_ROW_OFFSET": hidden and of_columns, "POSITIVES": positives}
+            full_name = f"softmax_gradient/{name}{'_hidden' * hidden}"
+            found.append(_configuration(full_name, _softmax_gradient_kernel, signature, constants, SIZES.gradient))
     signature = logits | {"bias_ptr": "*fp32", "positive_ptr": "*i64", "row_weight_ptr": "*fp32"}
     signature |= {"column_weight_ptr": "*fp32", "sums_ptr": "*fp32"} | sizes
     for name, weighted in (("plain", False), ("weighted", True)):

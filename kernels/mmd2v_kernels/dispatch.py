@@ -47,8 +47,11 @@ OFFERS = {
     "rank_count": ("triton", "segmented", "reference"),
     "cosine_topk": ("triton", "segmented", "reference"),
     "contrastive": ("triton", "reference"),
+    "siglip": ("triton", "reference"),
 }
 """Operator → its paths, the fastest first."""
+ALWAYS_FP32 = ("contrastive", "siglip")
+"""Operators that compute in fp32 whatever the precision of a run is."""
 PARTS = {"expert_mlp": ("fc1", "fc2", "dgrad2", "wgrad", "dgrad1")}
 """Operator → the matrix products of its path ``triton``: each by our kernel, or ``segmented`` by the library's."""
 
@@ -101,7 +104,8 @@ def describe(device: torch.device | str, dtype: torch.dtype = torch.float32) -> 
     For the first lines of a log. Raises as `choose` does.
     """
     device = torch.device(device)
-    choices = {operator: _choose(operator, device, dtype, None, {}) for operator in OFFERS}
+    dtypes = {operator: torch.float32 if operator in ALWAYS_FP32 else dtype for operator in OFFERS}
+    choices = {operator: _choose(operator, device, dtypes[operator], None, {}) for operator in OFFERS}
     parts = [f"{operator} {choice.path} ({choice.reason})" for operator, choice in choices.items()]
     version = triton_version()
     triton = "Triton is not installed" if version is None else f"Triton {version} is installed"

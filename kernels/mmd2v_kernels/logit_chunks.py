@@ -15,11 +15,18 @@ import torch.nn.functional as F
 
 from mmd2v_kernels.dispatch import choose
 
-__all__ = ["CHUNK", "LogitChunks", "Positives", "RunningLogSumExp", "Sigmoid", "Softmax"]
+__all__ = ["CHUNK", "LogitChunks", "Positives", "RunningLogSumExp", "Sigmoid", "Softmax", "check_rows"]
 
 CHUNK = 1 << 22
-"""Logits in memory at once, 16 MB in fp32; torch takes the same again for what is made of them."""
+"""Logits in memory at once, 16 MB in fp32; torch takes the same again for what is made of them, or twice that."""
 _FEWEST_ROWS = 128  # matrix products of fewer rows are slow
+_MOST_ROWS = 1 << 17  # so many programs fit into the second axis of a launch, 65,535
+
+
+def check_rows(images: torch.Tensor, texts: torch.Tensor) -> None:
+    """Raise ValueError where there is nothing to compare."""
+    if not (len(images) and len(texts)):
+        raise ValueError(f"found {len(images)} images and {len(texts)} texts, expected at least one of each")
 
 
 class RunningLogSumExp(NamedTuple):
@@ -102,10 +109,10 @@ class Sigmoid(NamedTuple):
 class LogitChunks:
     """Products scale · row · column in chunks of about ``chunk``, in memory that is used again."""
 
-    def __init__(self, rows: int, columns: int, like: torch.Tensor, chunk: int) -> None:
-        """``like`` has the dtype and device of the logits."""
-        self._rows, self._size = rows, min(rows, max(_FEWEST_ROWS, chunk // max(1, columns)))
-        self._by_triton = choose("contrastive", like.device, like.dtype, rows=rows).path == "triton"
+    def __init__(self, operator: str, rows: int, columns: int, like: torch.Tensor, chunk: int) -> None:
+        """``operator`` is the one of `dispatch.OFFERS` that asks; ``like`` has the dtype and device of the logits."""
+        self._rows, self._size = rows, min(rows, max(_FEWEST_ROWS, chunk // columns), _MOST_ROWS)
+        self._by_triton = choose(operator, like.device, like.dtype, rows=rows).path == "triton"
         self._logits = like.new_empty(self._size, columns)
         self._spare = None if self._by_triton else torch.empty_like(self._logits)
 

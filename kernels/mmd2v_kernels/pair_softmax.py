@@ -16,7 +16,7 @@ from torch.autograd.function import once_differentiable
 
 from mmd2v_kernels.logit_chunks import CHUNK, LogitChunks, Positives, RunningLogSumExp, Softmax
 
-__all__ = ["Positives", "out_of_sight", "pair_softmax"]
+__all__ = ["Positives", "out_of_sight", "pair_softmax", "part_of"]
 
 _OUT_OF_SIGHT = -1e9  # a logit whose softmax is exactly 0 in fp32, and no difference of two is NaN
 
@@ -73,7 +73,7 @@ class _PairSoftmax(torch.autograd.Function):
         column_offset_M: torch.Tensor | None,
         chunk: int,
     ) -> torch.Tensor:
-        chunks = LogitChunks(len(row_ND), len(column_MD), row_ND, chunk)
+        chunks = LogitChunks("contrastive", len(row_ND), len(column_MD), row_ND, chunk)
         needs_gradient = any(ctx.needs_input_grad[:3])
         total = row_ND.new_zeros(())
         of_columns = None
@@ -81,7 +81,7 @@ class _PairSoftmax(torch.autograd.Function):
             of_columns = RunningLogSumExp.of_nothing(column_MD)
             for rows in chunks.rows():
                 logits_nM = chunks.logits(row_ND[rows], column_MD, scale)
-                chunks.fold(of_columns, logits_nM, _part(row_offset_N, rows), dim=0)
+                chunks.fold(of_columns, logits_nM, part_of(row_offset_N, rows), dim=0)
             total += column_weight_M @ of_columns.value()
         row_gradient_ND = torch.empty_like(row_ND) if needs_gradient else row_ND
         column_gradient_MD = torch.zeros_like(column_MD) if needs_gradient else column_MD
@@ -97,7 +97,7 @@ class _PairSoftmax(torch.autograd.Function):
                 continue
             columns = None
             if of_columns is not None and column_weight_M is not None:
-                columns = Softmax.of(of_columns, column_weight_M, _part(row_offset_N, rows))
+                columns = Softmax.of(of_columns, column_weight_M, part_of(row_offset_N, rows))
             gradient_nM = chunks.whole_rows(of_own, logits_nM, row_weight_N[rows], column_offset_M, columns, own)
             torch.mm(gradient_nM, column_MD, out=row_gradient_ND[rows])
             column_gradient_MD.addmm_(gradient_nM.t(), row_ND[rows])
@@ -114,5 +114,6 @@ class _PairSoftmax(torch.autograd.Function):
         return *(gradient * saved for saved in ctx.saved_tensors), None, None, None, None, None, None
 
 
-def _part(offset_N: torch.Tensor | None, rows: slice) -> torch.Tensor | None:
+def part_of(offset_N: torch.Tensor | None, rows: slice) -> torch.Tensor | None:
+    """Return a chunk's, where there are any."""
     return None if offset_N is None else offset_N[rows]

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
-from mmd2v_kernels.logit_chunks import CHUNK, LogitChunks, Sigmoid
+from mmd2v_kernels.logit_chunks import CHUNK, LogitChunks, Sigmoid, check_rows
 
 __all__ = ["siglip"]
 
@@ -35,8 +35,9 @@ def siglip(
     (in the source, which has one caption an image, the number of images): the mean over ranks is then the sum over
     all pairs divided by N. ``weights`` are those of the b images and the N captions, 0 for what is in no pair; the
     divisor stays, so that the loss is the same however the rows lie on ranks. Logits are computed in fp32, or fp64
-    where the embeddings are, about ``chunk`` at once.
+    where the embeddings are, about ``chunk`` at once. Raises ValueError without an image or without a text.
     """
+    check_rows(image_bD, text_ND)
     dtype = torch.promote_types(image_bD.dtype, torch.float32)
     weight_b, weight_N = (None, None) if weights is None else (weight.to(dtype) for weight in weights)
     with torch.autocast(image_bD.device.type, enabled=False):  # which would round logits to bf16
@@ -71,7 +72,7 @@ class _PairSigmoid(torch.autograd.Function):
         chunk: int,
     ) -> torch.Tensor:
         needs_gradient = any(ctx.needs_input_grad[:4])
-        chunks = LogitChunks(len(image_bD), len(text_ND), image_bD, chunk)
+        chunks = LogitChunks("siglip", len(image_bD), len(text_ND), image_bD, chunk)
         sigmoid = Sigmoid(bias, owner_N, weight_b, weight_N)
         total, bias_gradient = torch.zeros_like(scale), torch.zeros_like(scale)
         image_gradient_bD = torch.empty_like(image_bD) if needs_gradient else image_bD

@@ -21,7 +21,7 @@ _BETWEEN = "the two modalities; none: the image and the text, where there is not
 _Exchange = Literal["gather", "ring"]
 _EXCHANGE = (
     "how ranks see each other's embeddings: gather them all on each, or pass the second modality's round a ring, where "
-    "no rank holds more than another's beside its own and each product serves both directions"
+    "a rank holds those of two others at a time and a logit serves both directions"
 )
 
 

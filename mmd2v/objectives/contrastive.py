@@ -127,8 +127,6 @@ def _check_layers(config: ContrastiveConfig, student: Student, pair: Pair, where
 
 def _weights(owners: Owners) -> ContrastiveWeights | None:
     """A damaged sample is neither query nor negative, on any rank; a caption counts as its image does."""
-    own = owners.own_weights
-    if own is None:
+    if owners.own_weights is None or owners.all_weights is None:
         return None
-    all_B = all_gather_with_gradient(own[0])
-    return ContrastiveWeights(*own, all_B, all_B[owners.of_all_N])
+    return ContrastiveWeights(*owners.own_weights, *owners.all_weights)

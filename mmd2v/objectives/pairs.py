@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
@@ -20,26 +21,37 @@ from mmd2v.errors import UserError
 class Owners:
     """Of the second side of a pair, each row's row on the first side, where a row owns any number of them."""
 
-    of_own_n: torch.Tensor
-    """int64 [n], rows of this rank, as rows among all ranks'."""
-    of_all_N: torch.Tensor
-    """int64 [N]"""
+    local_n: torch.Tensor
+    """int64 [n], counted from this rank's first row: the two rows of a pair lie on one rank."""
     offset: int
     """Row among all ranks' of this rank's first row on the first side."""
     own_weights_b: torch.Tensor | None
     """0 for a damaged sample; None: all count."""
 
-    @property
-    def local_n(self) -> torch.Tensor:
-        """`of_own_n` counted from this rank's first row: the two rows of a pair lie on one rank."""
-        return self.of_own_n - self.offset
+    @cached_property
+    def of_own_n(self) -> torch.Tensor:
+        """int64 [n], `local_n` as rows among all ranks'."""
+        return self.local_n + self.offset
 
-    @property
+    @cached_property
+    def of_all_N(self) -> torch.Tensor:
+        """int64 [N], gathered when first asked for, which every rank must do then."""
+        return all_gather_with_gradient(self.of_own_n)
+
+    @cached_property
     def own_weights(self) -> tuple[torch.Tensor, torch.Tensor] | None:
         """Weights of this rank's rows on the first and on the second side, which count as their owners do."""
         if self.own_weights_b is None:
             return None
         return self.own_weights_b, self.own_weights_b[self.local_n]
+
+    @cached_property
+    def all_weights(self) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """Those of all ranks, [B] and [N], gathered when first asked for, which every rank must do then."""
+        if self.own_weights_b is None:
+            return None
+        weights_B = all_gather_with_gradient(self.own_weights_b)
+        return weights_B, weights_B[self.of_all_N]
 
 
 class Pair:
@@ -61,14 +73,12 @@ class Pair:
     def owners(self, batch: Batch) -> Owners:
         """Return which rows belong together; every rank must call it, with equally many samples and captions."""
         if self.texts == [False, True]:
-            of_own_n, rows, weights = batch.caption_image, len(batch), batch.weights
+            local_n, rows, weights = batch.caption_image, len(batch), batch.weights
         else:  # row by row: two views of a sample, or two encoders of one caption
             rows = len(batch.caption_image) if all(self.texts) else len(batch)
-            of_own_n = torch.arange(rows, device=batch.images.device)
+            local_n = torch.arange(rows, device=batch.images.device)
             weights = batch.caption_weights if all(self.texts) else batch.weights
-        offset = rank() * rows
-        of_own_n = of_own_n + offset
-        return Owners(of_own_n, all_gather_with_gradient(of_own_n), offset, weights)
+        return Owners(local_n, rank() * rows, weights)
 
 
 def _named(between: Sequence[str] | None, inputs: Mapping[str, str], where: str, kind: str) -> tuple[str, str]:

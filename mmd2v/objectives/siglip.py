@@ -25,8 +25,8 @@ from mmd2v_kernels import ring_siglip, siglip
 class SigLIP(Objective):
     """Each pair is classified by itself, with a learned scale and bias; every caption of an image is a positive.
 
-    The second modality's embeddings are gathered with gradient and the first's stay where they are: of the B × N
-    logits a rank computes b × N, each once.
+    The second modality's embeddings are gathered with gradient, or go round the ranks, and the first's stay where they
+    are: of the B × N logits a rank computes b × N, each once.
     """
 
     def __init__(self, config: SigLIPConfig, student: Student, teachers: Mapping[str, Teacher], where: str) -> None:
@@ -53,11 +53,14 @@ class SigLIP(Objective):
         scale: torch.Tensor,
         bias: torch.Tensor,
     ) -> torch.Tensor:
-        weights, mean_over = owners.own_weights, len(second_nD)
+        mean_over = len(second_nD)
         if self.config.exchange == "ring":
-            return ring_siglip(first_bD, second_nD, owners.local_n, scale, bias, mean_over, RankRing(), weights)
-        if weights is not None:
-            weights = weights[0], all_gather_with_gradient(weights[0])[owners.of_all_N]
+            return ring_siglip(
+                first_bD, second_nD, owners.local_n, scale, bias, mean_over, RankRing(), owners.own_weights
+            )
+        weights = None
+        if owners.own_weights is not None and owners.all_weights is not None:
+            weights = owners.own_weights[0], owners.all_weights[1]
         all_ND = all_gather_with_gradient(second_nD)
         return siglip(first_bD, all_ND, owners.of_all_N, owners.offset, scale, bias, mean_over, weights)
 

@@ -47,7 +47,8 @@ def _slow_products(precision: str, device: torch.device) -> list[str]:
     if device.type == "cuda":
         able, name, faster = products != torch.bfloat16 or half_of(device) == products, "GPU", "fp16 or fp32 is faster"
     else:
-        able, name, faster = multiplies(device.type, products), "processor", "fp32 is several times faster"
+        able, name = products == torch.float32 or half_of(device) == products, "processor"
+        faster = "fp32 is faster" if multiplies(device.type, products) else "fp32 is several times faster"
     if able:
         return []
     return [

@@ -52,7 +52,8 @@ def dry_run(config: Config) -> None:
     console.rule("config")
     console.print(dump_config(config), markup=False, soft_wrap=True)
     if precision_said:
-        console.print(precision_said, markup=False, soft_wrap=True)
+        said = f"{precision_said}; on other devices, or from a checkpoint, it may be another"
+        console.print(said, markup=False, soft_wrap=True)
 
     plan = from_main_rank(lambda: plan_batches(config, world.size))
     console.rule("batches")

@@ -155,7 +155,9 @@ def _check_precision(config: Config, world: World) -> None:
     if precision == "fp16" and world.device.type == "cpu":
         raise UserError("engine.precision: 'fp16' needs CUDA; on the CPU use 'auto', 'bf16_autocast', 'bf16' or 'fp32'")
     if precision.startswith("bf16") and world.device.type == "cuda" and not torch.cuda.is_bf16_supported():
-        raise UserError(f"engine.precision: this GPU has no bfloat16, which '{precision}' needs; use 'fp16' or 'fp32'")
+        raise UserError(
+            f"engine.precision: this GPU has no bfloat16, which '{precision}' needs; a new run may use 'fp16' or 'fp32'"
+        )
 
 
 def _without_shared_memory_collectives() -> None:

@@ -104,7 +104,8 @@ def test_tensors_come_from_the_rank_before_in_their_order(ranks):
 def _train(data: Path, folder: Path, kind: str) -> list[list[float]]:
     losses = []
     for exchange in ("gather", "ring"):
-        objectives = [{"kind": kind, "exchange": exchange}, {"kind": "cls_regression", "teacher": "resnet"}]
+        levels = {"layers": [0], "label_smoothing": 0.1} if kind == "contrastive" else {}
+        objectives = [{"kind": kind, "exchange": exchange, **levels}, {"kind": "cls_regression", "teacher": "resnet"}]
         config = run_config(
             folder / f"{kind}-{exchange}-{world_size()}.yaml",
             data,
@@ -122,4 +123,4 @@ def _train(data: Path, folder: Path, kind: str) -> list[list[float]]:
 def test_training_takes_the_same_steps(kind, tmp_path):
     data = make_data(tmp_path / "data")
     (gathered, ring), _ = run_distributed_test(_train, 2, args=(data, tmp_path, kind), timeout=500)
-    assert len(gathered) == 3 and ring == pytest.approx(gathered, rel=1e-5)
+    assert len(gathered) == 3 and ring == pytest.approx(gathered, rel=1e-4)

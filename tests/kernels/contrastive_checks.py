@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
 
-from mmd2v_kernels import ContrastiveWeights, contrastive, siglip
+from mmd2v_kernels import ContrastiveWeights, contrastive, ring_contrastive, ring_siglip, siglip
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = torch.device("cpu" if INTERPRETED else "cuda")
@@ -127,14 +127,96 @@ def check_siglip(
     return check
 
 
+class Twins:
+    """A ring of two ranks with the same rows, as one of them sees it."""
+
+    size = 2
+
+    def shift(self, tensors: Sequence[torch.Tensor]) -> Callable[[], list[torch.Tensor]]:
+        received = [tensor.clone() for tensor in tensors]
+        return lambda: received
+
+    def summed(self, tensor: torch.Tensor) -> torch.Tensor:
+        return 2 * tensor
+
+
+def check_ring(
+    compare: Compare, images: int, captions: int, weighted: bool = False, smoothing: float = 0.0, sigmoid: bool = False
+) -> Check:
+    def check(dtype: torch.dtype) -> None:
+        image, text, owner = embeddings(images, captions, 24)
+        image, text, seen = image.to(dtype), text.to(dtype), some_seen(images)
+        weights = (seen, seen[owner]) if weighted else None
+
+        def run(computed: torch.dtype) -> Results:
+            factor, summand = (
+                torch.tensor([value], dtype=computed, device=DEVICE, requires_grad=True) for value in (20.0, -5.0)
+            )
+            own = [rows.to(computed).requires_grad_() for rows in (image, text)]
+            if sigmoid:
+                loss = ring_siglip(*own, owner, factor, summand, captions, Twins(), weights, chunk=1)
+                return results(loss, factor, image=own[0], text=own[1], bias=summand)
+            loss = ring_contrastive(*own, owner, factor, Twins(), smoothing, weights, chunk=1)
+            return results(loss, factor, image=own[0], text=own[1])
+
+        with small_tiles():
+            compare(run, dtype)
+
+    return check
+
+
+@contextmanager
+def by_triton() -> Iterator[None]:
+    os.environ["MMD2V_KERNELS"] = "contrastive=triton,siglip=triton"
+    try:
+        with small_tiles():
+            yield
+    finally:
+        del os.environ["MMD2V_KERNELS"]
+
+
+def check_nan(dtype: torch.dtype) -> None:
+    """One embedding that is none makes the loss none, so that the step is left out."""
+    image, text, owner = embeddings(20, 40, 24)
+    image[3, 5] = torch.nan
+    rows = [tensor.to(dtype).requires_grad_() for tensor in (image, text)]
+    scale, bias = torch.tensor(9.0, device=DEVICE), torch.tensor(-5.0, device=DEVICE)
+    with by_triton():
+        for loss in (
+            contrastive(*rows, *rows, owner, owner, 0, scale),
+            siglip(*rows, owner, 0, scale, bias, 40),
+            ring_contrastive(*rows, owner, scale, Twins()),
+        ):
+            (gradient,) = torch.autograd.grad(loss, rows[:1])
+            assert loss.isnan() and gradient[3].isnan().all()
+
+
+def check_hidden(dtype: torch.dtype) -> None:
+    """Nothing counts: no loss, and gradients of 0."""
+    image, text, owner = embeddings(20, 40, 24)
+    rows = [tensor.to(dtype).requires_grad_() for tensor in (image, text)]
+    scale, bias = torch.tensor(9.0, device=DEVICE), torch.tensor(-5.0, device=DEVICE)
+    none = torch.zeros(20, device=DEVICE), torch.zeros(40, device=DEVICE)
+    with by_triton():
+        for loss in (
+            contrastive(*rows, *rows, owner, owner, 0, scale, 0.1, ContrastiveWeights(*none, *none)),
+            siglip(*rows, owner, 0, scale, bias, 40, none),
+            ring_contrastive(*rows, owner, scale, Twins(), 0.1, none),
+        ):
+            assert float(loss.detach()) == 0
+            assert all(not gradient.any() for gradient in torch.autograd.grad(loss, rows))
+
+
 def check_without_gradient(compare: Compare) -> Check:
     def check(dtype: torch.dtype) -> None:
         image, text, owner = embeddings(150, 70, 24)
 
         def run(computed: torch.dtype) -> Results:
             rows = image.to(dtype).to(computed), text.to(dtype).to(computed)
+            scale, bias = torch.tensor(9.0, device=DEVICE), torch.tensor(-5.0, device=DEVICE)
             with torch.no_grad():
-                return {"loss": contrastive(*rows, *rows, owner, owner, 0, torch.tensor(9.0, device=DEVICE), chunk=1)}
+                found = contrastive(*rows, *rows, owner, owner, 0, scale, chunk=1)
+                return {"contrastive": found, "siglip": siglip(*rows, owner, 0, scale, bias, 70, chunk=1)}
 
         with small_tiles():
             compare(run, dtype)
@@ -154,14 +236,10 @@ def check_repeated(dtype: torch.dtype) -> None:
         second = results(siglip(image, text, owner, 0, scale, bias, captions), scale, image=image, text=text, bias=bias)
         return [*first.values(), *second.values()]
 
-    os.environ["MMD2V_KERNELS"] = "contrastive=triton"
-    try:
-        with small_tiles():
-            expected = run()
-            for _ in range(1 if INTERPRETED else 20):
-                assert all(torch.equal(*pair) for pair in zip(expected, run(), strict=True))
-    finally:
-        del os.environ["MMD2V_KERNELS"]
+    with by_triton():
+        expected = run()
+        for _ in range(1 if INTERPRETED else 20):
+            assert all(torch.equal(*pair) for pair in zip(expected, run(), strict=True))
 
 
 def fold_arguments(dtype: torch.dtype) -> tuple:
@@ -194,7 +272,7 @@ OPERATORS = {
 }
 """Custom operator → arguments to check it with."""
 
-SLOW_IN_THE_INTERPRETER = ("several_chunks", "ranks", "weighted", "smoothing", "repeated", "without_gradient")
+SLOW_IN_THE_INTERPRETER = ("several_chunks", "ranks", "weighted", "smoothing", "repeated", "without_gradient", "hidden")
 """Run there in fp32 alone."""
 
 
@@ -213,6 +291,12 @@ def all_checks(compare: Compare, interpreted: bool) -> dict[str, Check]:
         "contrastive/siglip": check_siglip(compare, 33, 31),
         "contrastive/siglip_several_chunks": check_siglip(compare, 150, 40, bias=0.0),
         "contrastive/siglip_weighted": check_siglip(compare, 40, 50, weighted=True),
+        "contrastive/ring": check_ring(compare, 33, 31),
+        "contrastive/ring_weighted": check_ring(compare, 40, 50, weighted=True, smoothing=0.1),
+        "contrastive/ring_siglip": check_ring(compare, 33, 31, sigmoid=True),
+        "contrastive/ring_siglip_weighted": check_ring(compare, 20, 40, weighted=True, sigmoid=True),
+        "contrastive/nan": check_nan,
+        "contrastive/hidden": check_hidden,
         "contrastive/repeated": check_repeated,
     }
     if not interpreted:

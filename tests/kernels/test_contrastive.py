@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from mmd2v_kernels import ContrastiveWeights, contrastive
+from mmd2v_kernels import ContrastiveWeights, contrastive, ring_contrastive, ring_siglip, siglip
 
 
 def embeddings(rows: int, width: int = 8) -> torch.Tensor:
@@ -90,3 +90,18 @@ def test_weights_of_1_change_nothing():
     ones = ContrastiveWeights(*(torch.ones(n) for n in (4, 8, 4, 8)))
     weighted = contrastive(image, text, image, text, owner, owner, 0, scale, 0.1, ones)
     torch.testing.assert_close(weighted, whole(image, text, owner, scale, 0.1), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("images, captions", [(0, 3), (3, 0)])
+def test_nothing_to_compare_is_refused(images, captions):
+    image, text, owner, one = embeddings(images), embeddings(captions), torch.zeros(captions).long(), torch.ones(1)
+    message = f"found {images} images and {captions} texts, expected at least one of each"
+    calls = (
+        lambda: whole(image, text, owner, one),
+        lambda: siglip(image, text, owner, 0, one, one, 1.0),
+        lambda: ring_contrastive(image, text, owner, one, None),
+        lambda: ring_siglip(image, text, owner, one, one, 1.0, None),
+    )
+    for call in calls:
+        with pytest.raises(ValueError, match=message):
+            call()

@@ -54,7 +54,10 @@ class Needs:
 
 
 def teacher_dtype(precision: str, device: torch.device) -> torch.dtype:
-    """Return the dtype of a teacher's forward pass; ``auto`` takes the half precision the device has, else fp32."""
+    """Return the dtype of a teacher's forward pass; ``auto`` takes the half precision the device has, else fp32.
+
+    Each rank decides for its own device: a teacher is no part of what ranks must agree in.
+    """
     return _DTYPES[precision] if precision != "auto" else half_of(device) or torch.float32
 
 

@@ -87,15 +87,19 @@ def _say_ready(pulse, other, phase):
 def fork_and_wait(rank, pulse):
     """A loader process must not hold its dead parent's connection."""
     if rank == 1:
-        parent = os.getpid()
-        multiprocessing.get_context("fork").Process(target=_outlive, args=(parent,), daemon=True).start()
+        multiprocessing.get_context("fork").Process(target=_outlive, daemon=True).start()
     wait_for_end(rank, pulse)
 
 
-def _outlive(parent):
-    deadline = time.monotonic() + 2 * PROMPT
-    while time.monotonic() < deadline:
+def _outlive():
+    enough, deadline = _enough(os.readlink("/proc/self/fd/1")), time.monotonic() + LONG
+    while not enough.exists() and time.monotonic() < deadline:
         time.sleep(0.2)
+
+
+def _enough(output):
+    """The file with which the test says that a process with this output may end."""
+    return Path(f"{output}.enough")
 
 
 def raise_alone(rank, pulse):
@@ -144,7 +148,7 @@ def step_until_told(rank, pulse):
     goes_on = torch.ones(1)
     while goes_on:
         pulse.at(4, "computing")
-        if rank == 0 and Path(f"{os.readlink('/proc/self/fd/1')}.enough").exists():
+        if rank == 0 and _enough(os.readlink("/proc/self/fd/1")).exists():
             goes_on.zero_()
         dist.broadcast(goes_on, 0)
         if pulse._watch._states[1 - rank].step == 4:
@@ -213,9 +217,10 @@ def start(context, tmp_path, monkeypatch):
 
     yield begin
     for job in jobs:
-        for process in job.processes:
+        for process, output in zip(job.processes, job.outputs, strict=True):
             process.kill()
             process.join()
+            _enough(output).touch()
 
 
 CONTINUE = "; the newest checkpoint is runs/a/step-3; continue with --resume auto\n"
@@ -292,6 +297,6 @@ def test_a_job_that_is_suspended_as_a_whole_goes_on(start):
         os.kill(process.pid, signal.SIGCONT)
     time.sleep(1)
     job.hurry.unlink()
-    Path(f"{job.outputs[0]}.enough").touch()
+    _enough(job.outputs[0]).touch()
     assert [job.status(rank) for rank in (0, 1)] == [0, 0], [job.told(0), job.told(1)]
     assert "error" not in job.told(0) + job.told(1)

@@ -12,6 +12,7 @@ from waiting import LONG, free_port
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 DOCTOR = [sys.executable, "-m", "mmd2v", "doctor", "--node"]
+PATIENT = ["--timeout", str(LONG)]  # for processes that begin one after the other on a busy machine
 
 
 def _ranks(
@@ -46,9 +47,9 @@ def test_node_with_another_run_folder_is_named(tmp_path):
     own.mkdir()
     told = _ranks(
         {
-            0: ["--run-dir", str(shared), "--json", str(file)],
-            1: ["--run-dir", str(own)],
-            2: ["--run-dir", str(shared)],
+            0: ["--run-dir", str(shared), "--json", str(file), *PATIENT],
+            1: ["--run-dir", str(own), *PATIENT],
+            2: ["--run-dir", str(shared), *PATIENT],
         },
         3,
     )
@@ -79,7 +80,7 @@ def test_rank_that_never_comes_is_named():
 
 @pytest.mark.slow  # gloo on the other nodes waits half a minute
 def test_node_that_others_cannot_reach_is_named():
-    told = _ranks({rank: [] for rank in range(3)}, 3, {1: {"GLOO_SOCKET_IFNAME": "nonesuch"}})
+    told = _ranks({rank: PATIENT for rank in range(3)}, 3, {1: {"GLOO_SOCKET_IFNAME": "nonesuch"}})
     assert [status for status, _, _ in told.values()] == [1, 1, 1], told
     assert "no group by gloo: " in told[0][1] and "nonesuch" in told[0][1]
     assert told[0][1].splitlines()[-1] == "bad: node1 (rank 1) (of 3 nodes)"
@@ -89,7 +90,7 @@ def test_under_torchrun(tmp_path):
     launcher = Path(sys.executable).with_name("torchrun")
     result = subprocess.run(
         [launcher, "--nproc-per-node", "2", f"--master-port={free_port()}", "-m", "mmd2v", "doctor", "--nodes",
-         "--run-dir", str(tmp_path / "run"), "--ranks", "2"],
+         "--run-dir", str(tmp_path / "run"), "--ranks", "2", *PATIENT],
         env=ENVIRONMENT,
         capture_output=True,
         text=True,

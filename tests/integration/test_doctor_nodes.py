@@ -80,7 +80,7 @@ def test_rank_that_never_comes_is_named():
 
 @pytest.mark.slow  # gloo on the other nodes waits half a minute
 def test_node_that_others_cannot_reach_is_named():
-    told = _ranks({rank: PATIENT for rank in range(3)}, 3, {1: {"GLOO_SOCKET_IFNAME": "nonesuch"}})
+    told = _ranks(dict.fromkeys(range(3), PATIENT), 3, {1: {"GLOO_SOCKET_IFNAME": "nonesuch"}})
     assert [status for status, _, _ in told.values()] == [1, 1, 1], told
     assert "no group by gloo: " in told[0][1] and "nonesuch" in told[0][1]
     assert told[0][1].splitlines()[-1] == "bad: node1 (rank 1) (of 3 nodes)"

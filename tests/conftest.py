@@ -6,15 +6,15 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 from slurm_cluster import slurm  # noqa: F401 - a fixture
 
 # Before torch is imported, here and in every process a test starts: the tests' tensors are tiny, and several processes
 # with a thread a core each would spend their time waiting for one another.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-# How long an example takes says more of what else the machine is doing than of the code.
-settings.register_profile("mmd2v", deadline=None)
+# How long an example takes, or the drawing of it, says more of what else the machine is doing than of the code.
+settings.register_profile("mmd2v", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("mmd2v")
 
 

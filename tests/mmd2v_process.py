@@ -9,13 +9,14 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+
+from waiting import LONG, free_port
 
 __all__ = ["MMD2VProcess", "as_if_started", "forked", "run_mmd2v", "start_ranks"]
 
@@ -52,7 +53,7 @@ class MMD2VProcess:
         """Return the exit status, None while it runs."""
         return self._process.exitcode
 
-    def wait(self, timeout: float = 300) -> int:
+    def wait(self, timeout: float = LONG) -> int:
         """Wait for the end and return the exit status. Raises TimeoutExpired, after killing it."""
         self._process.join(timeout)
         if self._process.exitcode is None:
@@ -77,7 +78,7 @@ def run_mmd2v(
     env: Mapping[str, str],
     ranks: int = 1,
     cwd: str | Path | None = None,
-    timeout: float = 300,
+    timeout: float = LONG,
 ) -> subprocess.CompletedProcess[str]:
     """Run the command to its end; with several ranks, as a launcher starts them, the outputs one after the other.
 
@@ -100,9 +101,7 @@ def start_ranks(
 def _places(env: Mapping[str, str], ranks: int) -> list[dict[str, str]]:
     if ranks == 1:
         return [dict(env)]
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port = listener.getsockname()[1]
+    port = free_port()
     common = {"WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     places = [{"RANK": rank, "LOCAL_RANK": rank, **common} for rank in range(ranks)]
     return [{**env, **{name: str(value) for name, value in place.items()}} for place in places]

@@ -10,6 +10,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
+_LONG = 600.0  # seconds, for what hangs: longer than any test waits
+
 
 class ShardServer:
     """Serves a folder; use as a context manager.
@@ -60,6 +62,10 @@ class ShardServer:
         self._server.server_close()
         self._thread.join()
 
+    def next_fault(self, name: str) -> object:
+        """What will happen to the next request for a file name."""
+        return self.faults[name][0] if self.faults[name] else self.always.get(name, "ok")
+
     @property
     def url(self) -> str:
         return f"http://127.0.0.1:{self._server.server_port}"
@@ -67,7 +73,9 @@ class ShardServer:
     def answer(self, request: BaseHTTPRequestHandler, body: bool = True) -> None:
         name = unquote(urlsplit(request.path).path).lstrip("/")
         base = os.path.basename(name)
-        fault = self.faults[base].pop(0) if self.faults[base] else self.always.get(base, "ok")
+        fault = self.next_fault(base)
+        if self.faults[base]:
+            self.faults[base].pop(0)
         path = self.folder / name
         if self.lists and path.is_dir():
             page = "".join(f'<a href="{entry}">{entry}</a>' for entry in sorted(os.listdir(path))).encode()
@@ -114,7 +122,7 @@ class ShardServer:
             request.wfile.write(data[: len(data) // 2])
             request.wfile.flush()
             if fault == "stall":
-                self.stopped.wait(20)
+                self.stopped.wait(_LONG)
             request.close_connection = True
         elif fault == "slow":
             piece = -(-len(data) // 20)

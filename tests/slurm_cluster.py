@@ -16,9 +16,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from waiting import LONG, free_port
 
 _PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "squeue", "scontrol", "scancel")
-_START_SECONDS = 60
+_START_SECONDS = 300.0
 NODES = ("node1", "node2")
 
 # Two CPUs a node, whatever this machine has: the jobs of the tests ask for no more.
@@ -49,8 +50,8 @@ JobCompType=jobcomp/none
 SlurmdParameters=config_overrides
 ReturnToService=2
 JobRequeue=1
-KillWait=30
-SlurmdTimeout=120
+KillWait=300
+SlurmdTimeout=600
 SchedulerParameters=sched_interval=1,batch_sched_delay=0,sched_min_interval=100000,bf_interval=2
 {nodes}
 PartitionName=main Nodes={names} Default=YES State=UP MaxTime=60
@@ -67,7 +68,7 @@ class Cluster:
     def run(self, *command: object, check: bool = True) -> str:
         """Run one of SLURM's commands and return what it prints."""
         done = subprocess.run(
-            list(map(str, command)), env=self.environment, capture_output=True, text=True, check=False, timeout=120
+            list(map(str, command)), env=self.environment, capture_output=True, text=True, check=False, timeout=LONG
         )
         assert done.returncode == 0 or not check, f"{command}: {done.stdout}{done.stderr}"
         return done.stdout
@@ -122,7 +123,7 @@ def two_nodes() -> Iterator[Cluster]:
     folder = Path(tempfile.mkdtemp(prefix="slurm-"))
     with ExitStack() as stack:
         stack.callback(shutil.rmtree, folder, ignore_errors=True)
-        ports = _free_ports(3)
+        ports = [free_port() for _ in range(3)]
         host = socket.gethostname().partition(".")[0]
         nodes = [
             f"NodeName={name} NodeHostname={host} NodeAddr=127.0.0.1 Port={port} CPUs=2 RealMemory=1000 State=UNKNOWN"
@@ -228,11 +229,3 @@ def _wait_for_nodes(cluster: Cluster) -> None:
 
 def _program(name: str) -> str:
     return shutil.which(name) or shutil.which(name, path="/usr/sbin:/sbin:/usr/local/sbin") or ""
-
-
-def _free_ports(count: int) -> list[int]:
-    with ExitStack() as stack:
-        listeners = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for listener in listeners:
-            listener.bind(("127.0.0.1", 0))
-        return [listener.getsockname()[1] for listener in listeners]

@@ -6,7 +6,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from enum import IntEnum
+from enum import Enum, IntEnum
 from typing import Any
 
 import torch
@@ -66,7 +66,52 @@ class WorkerStates:
         return f"worker {worker}, which has been {what}{where} for {time.monotonic() - since:.0f} s"
 
 
-_LATE = 2.0  # seconds beyond a tick after which the watching thread itself must have been stopped
+class Due(Enum):
+    """What the length of a wait asks for."""
+
+    NOTHING = "nothing"
+    WARNING = "warning"
+    END = "end"
+
+
+class Patience:
+    """How long somebody has waited and what is due then. Is told the time: has neither a clock nor a thread.
+
+    Attributes:
+        tick: seconds from one look to the next.
+        waited: seconds of the wait at the last look, without those in which nobody can have looked.
+    """
+
+    LATE = 2.0
+    """Seconds beyond a tick after which the looking thread itself must have been stopped."""
+
+    def __init__(self, seconds: float, end_after: float | None, now: float) -> None:
+        """Begin to look at ``now``; ``seconds`` and ``end_after`` are those of `Watchdog`."""
+        self.tick = min(1.0, seconds / 4, (end_after or seconds) / 4)
+        self.waited = 0.0
+        self._seconds, self._end_after = seconds, end_after
+        self._looked = now
+        self._since: float | None = None
+        self._told, self._excused = 0, 0.0
+
+    def look(self, now: float, since: float | None) -> Due:
+        """Look at ``now`` at a wait that began at ``since`` (None: nobody waits) and say what is due."""
+        # A late tick: the job was suspended, and the data with it.
+        pause = now - self._looked if now - self._looked > self.tick + self.LATE else 0.0
+        self._looked = now
+        if since != self._since:
+            self._told, self._excused, self._since = 0, 0.0, since
+        if since is None:
+            self.waited = 0.0
+            return Due.NOTHING
+        self._excused += min(pause, now - since)
+        self.waited = now - since - self._excused
+        if self._end_after is not None and self.waited >= self._end_after:
+            return Due.END
+        if self.waited >= (self._told + 1) * self._seconds:
+            self._told = max(self._told + 1, int(self.waited / self._seconds))
+            return Due.WARNING
+        return Due.NOTHING
 
 
 class Watchdog:
@@ -104,25 +149,15 @@ class Watchdog:
         self._since = None
 
     def _watch(self) -> None:
-        told, excused = 0, 0.0
-        looked, watched = time.monotonic(), self._since
-        tick = min(1.0, self.seconds / 4, (self._end_after or self.seconds) / 4)
-        while not self._end.wait(tick):
-            now, since = time.monotonic(), self._since
-            # A late tick: the job was suspended, and the data with it.
-            pause = now - looked if now - looked > tick + _LATE else 0.0
-            looked = now
-            if since != watched:
-                told, excused, watched = 0, 0.0, since
-            if since is None:
-                continue
-            excused += min(pause, now - since)
-            waited = now - since - excused
-            if self._end_after is not None and waited >= self._end_after:
+        patience = Patience(self.seconds, self._end_after, time.monotonic())
+        while not self._end.wait(patience.tick):
+            since = self._since  # before the clock, which is then not behind it
+            due = patience.look(time.monotonic(), since)
+            if due is Due.END:
                 end_process(stalled(self._describe()))
-            if waited >= (told + 1) * self.seconds:
-                told = int(waited / self.seconds)
-                print(f"no batch for {waited:.0f} s: waiting for {self._describe()}", file=sys.stderr, flush=True)
+            if due is Due.WARNING:
+                told = f"no batch for {patience.waited:.0f} s: waiting for {self._describe()}"
+                print(told, file=sys.stderr, flush=True)
 
 
 def stalled(awaited: str) -> str:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import socket
 import time
 import traceback
 from collections.abc import Callable
@@ -17,10 +16,11 @@ from typing import Any
 
 import pytest
 from mmd2v_process import as_if_started, forked
+from waiting import LONG, free_port
 
 
 def run_distributed_test(
-    fn: Callable[..., Any], world_size: int = 2, backend: str = "gloo", *, args: tuple = (), timeout: float = 300
+    fn: Callable[..., Any], world_size: int = 2, backend: str = "gloo", *, args: tuple = (), timeout: float = 2 * LONG
 ) -> list[Any]:
     """Call ``fn(*args)`` in ``world_size`` fresh processes that form one group; return the results by rank.
 
@@ -28,7 +28,7 @@ def run_distributed_test(
     dies or is late, the test fails with the traceback of every rank that has one, and all ranks are ended.
     """
     context = multiprocessing.get_context("spawn") if backend == "nccl" else forked()
-    port = _free_port()
+    port = free_port()
     ranks = []
     for rank in range(world_size):
         ours, theirs = context.Pipe(duplex=False)
@@ -105,9 +105,3 @@ def _run(
         raise SystemExit(1) from None
     out.send((True, result))
     out.close()
-
-
-def _free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]

@@ -25,7 +25,7 @@ def _save_while_training(folder: Path) -> list[str]:
     gate, write = threading.Event(), CheckpointWriter._write
 
     def gated(self: CheckpointWriter, name: str, value: object) -> None:
-        gate.wait(60)
+        gate.wait(600)
         if self.folder.name == ".step-000002.tmp" and world.rank == 1:
             raise OSError(28, "No space left on device")
         write(self, name, value)

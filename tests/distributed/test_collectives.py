@@ -127,4 +127,4 @@ def _fail_on_rank_one() -> None:
 
 def test_harness_tells_which_rank_failed_and_why():
     with pytest.raises(pytest.fail.Exception, match=r"(?s)rank 1:.*RuntimeError: the reason"):
-        run_distributed_test(_fail_on_rank_one, WORLD, timeout=120)
+        run_distributed_test(_fail_on_rank_one, WORLD)

@@ -82,12 +82,12 @@ def data(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def alone(data, tmp_path_factory):
-    return run_distributed_test(_train, 1, args=(data, tmp_path_factory.mktemp("alone")), timeout=400)[0]
+    return run_distributed_test(_train, 1, args=(data, tmp_path_factory.mktemp("alone")))[0]
 
 
 @pytest.fixture(scope="module")
 def pair(data, tmp_path_factory):
-    return run_distributed_test(_train, 2, args=(data, tmp_path_factory.mktemp("pair")), timeout=400)
+    return run_distributed_test(_train, 2, args=(data, tmp_path_factory.mktemp("pair")))
 
 
 @pytest.mark.parametrize("case", range(len(CASES)), ids=["-".join(map(str, case)) for case in CASES])
@@ -144,7 +144,7 @@ def _resume(data: Path, folder: Path) -> list[tuple[list, list]]:
 
 @pytest.fixture(scope="module")
 def resumed(data, tmp_path_factory):
-    return run_distributed_test(_resume, 2, args=(data, tmp_path_factory.mktemp("resumed")), timeout=400)[0]
+    return run_distributed_test(_resume, 2, args=(data, tmp_path_factory.mktemp("resumed")))[0]
 
 
 @pytest.mark.parametrize("case", range(len(RESUMED)), ids=[f"stage{s}-{p}" for s, p, _ in RESUMED])

@@ -135,7 +135,7 @@ def data(tmp_path_factory) -> Path:
 def runs(data, tmp_path_factory) -> tuple[Path, list[list[dict[str, np.ndarray]]]]:
     """Folder of the runs, and by rank and stage the weights."""
     folder = tmp_path_factory.mktemp("runs")
-    return folder / "runs", run_distributed_test(_runs, 2, args=(data, folder), timeout=400)
+    return folder / "runs", run_distributed_test(_runs, 2, args=(data, folder))
 
 
 @pytest.mark.parametrize("stage", STAGES)

@@ -162,12 +162,12 @@ def data(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def alone(data, tmp_path_factory) -> dict[str, list[dict]]:
-    return run_distributed_test(_train, 1, args=(data, tmp_path_factory.mktemp("alone")), timeout=400)[0]
+    return run_distributed_test(_train, 1, args=(data, tmp_path_factory.mktemp("alone")))[0]
 
 
 @pytest.fixture(scope="module")
 def pair(data, tmp_path_factory) -> list[tuple[dict, list, str]]:
-    return run_distributed_test(_pair, 2, args=(data, tmp_path_factory.mktemp("pair")), timeout=500)
+    return run_distributed_test(_pair, 2, args=(data, tmp_path_factory.mktemp("pair")))
 
 
 @pytest.mark.parametrize(("name", "stage"), CASES)

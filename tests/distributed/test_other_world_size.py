@@ -25,7 +25,7 @@ from mmd2v.train.checkpoints.saving import Checkpointer
 from mmd2v.train.loop import train
 from mmd2v.train.metrics import read_metrics
 
-pytestmark = pytest.mark.timeout(1500)  # three starts of processes; a minute where nothing else runs
+pytestmark = pytest.mark.timeout(4000)  # three starts of processes; a minute where nothing else runs
 
 STEPS, FIRST, SECOND = 6, 2, 4
 """Two ranks write the first checkpoint, one rank goes on from it and writes the second, two go on from that."""
@@ -221,9 +221,9 @@ def runs(tmp_path_factory) -> list[dict[str, dict]]:
     data = make_data(tmp_path_factory.mktemp("data"))
     folder = tmp_path_factory.mktemp("runs")
     runner: Callable[..., list] = run_distributed_test
-    whole = runner(_train, 2, args=(folder, data, None, FIRST, {}), timeout=600)[0]
-    alone = runner(_train, 1, args=(folder, data, "auto", SECOND, {}), timeout=600)[0]
-    pair = runner(_train, 2, args=(folder, data, "auto", None, LAST_STAGE), timeout=600)[1]
+    whole = runner(_train, 2, args=(folder, data, None, FIRST, {}))[0]
+    alone = runner(_train, 1, args=(folder, data, "auto", SECOND, {}))[0]
+    pair = runner(_train, 2, args=(folder, data, "auto", None, LAST_STAGE))[1]
     return [whole, alone, pair]
 
 

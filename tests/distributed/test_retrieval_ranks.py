@@ -7,7 +7,6 @@ import signal
 import socket
 import sys
 import threading
-import time
 from contextlib import redirect_stdout
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +17,7 @@ from export_samples import CAPTIONS, photo, small_export
 from harness import run_distributed_test
 from mmd2v_process import as_if_started, forked
 from safetensors.torch import load_file
+from waiting import LONG, free_port, wait_until
 
 from mmd2v.cli.main import main
 from mmd2v.distributed.collectives import rank
@@ -28,7 +28,7 @@ from mmd2v.evaluation.retrieval_run import HowMeasured, RetrievalData, evaluate_
 
 IMAGES = 11
 HOW = HowMeasured(device="cpu", bootstrap=Bootstrap(30), batch_size=3, workers=1)
-PROMPT = 20.0  # seconds; a collective would wait for hours
+PROMPT = 120.0  # seconds, where one is enough; a collective would wait for hours
 
 
 class Tied:
@@ -146,7 +146,7 @@ class Waits(Tied):
         if self.batches == 2:
             print("READY", flush=True)
             if rank() == 1:
-                threading.Event().wait(600)
+                threading.Event().wait(2 * LONG)
         return super().encode_text(texts)
 
 
@@ -164,9 +164,7 @@ def rank_process(number, port, out, path):
 @pytest.mark.parametrize("lost", [0, 1])
 def test_a_killed_rank_ends_the_other_with_a_message(tmp_path, lost):
     path = make(tmp_path)
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port = listener.getsockname()[1]
+    port = free_port()
     outputs = [tmp_path / f"rank{number}" for number in (0, 1)]
     processes = [
         forked().Process(target=rank_process, args=(number, port, str(outputs[number]), str(path))) for number in (0, 1)
@@ -174,10 +172,7 @@ def test_a_killed_rank_ends_the_other_with_a_message(tmp_path, lost):
     for process in processes:
         process.start()
     try:
-        deadline = time.monotonic() + 120
-        while not all("READY" in _told(output) for output in outputs):
-            assert time.monotonic() < deadline, [_told(output) for output in outputs]
-            time.sleep(0.05)
+        wait_until(lambda: all("READY" in _told(o) for o in outputs), lambda: [_told(output) for output in outputs])
         os.kill(processes[lost].pid, signal.SIGKILL)
         processes[1 - lost].join(PROMPT)
         assert processes[1 - lost].exitcode == LOST_STATUS

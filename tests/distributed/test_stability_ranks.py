@@ -136,7 +136,7 @@ def data(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def skipped(data, tmp_path_factory) -> list[list[dict]]:
-    return run_distributed_test(_skip, 2, args=(data, tmp_path_factory.mktemp("skip")), timeout=500)
+    return run_distributed_test(_skip, 2, args=(data, tmp_path_factory.mktemp("skip")))
 
 
 @pytest.mark.parametrize("case", range(len(SKIPS)), ids=[f"stage{s}-{p}" for s, p in SKIPS])
@@ -221,7 +221,7 @@ def _roll_back(data: Path, folder: Path) -> tuple[list[dict], list[list[str]]]:
 
 @pytest.fixture(scope="module")
 def rolled_back(data, tmp_path_factory) -> list[tuple[list[dict], list[list[str]]]]:
-    return run_distributed_test(_roll_back, 2, args=(data, tmp_path_factory.mktemp("back")), timeout=500)
+    return run_distributed_test(_roll_back, 2, args=(data, tmp_path_factory.mktemp("back")))
 
 
 @pytest.mark.parametrize("case", [0, 1], ids=["stage1", "stage3"])

@@ -93,7 +93,7 @@ def runs(data, tmp_path_factory) -> dict[int, tuple[Path, list[dict[str, list]]]
     for ranks in (2, 1):  # two first: its rank 0 counts the tokens while rank 1 waits
         folder = tmp_path_factory.mktemp(f"world{ranks}")
         runs_of = _alone if ranks == 1 else _train
-        found[ranks] = folder, run_distributed_test(runs_of, ranks, args=(data, folder), timeout=200)
+        found[ranks] = folder, run_distributed_test(runs_of, ranks, args=(data, folder))
     return found
 
 

@@ -82,7 +82,7 @@ def _runs(data: Path, folder: Path) -> list[str]:
 def runs(tmp_path_factory) -> tuple[Path, list[list[str]]]:
     data = make_text_data(tmp_path_factory.mktemp("data"))
     folder = tmp_path_factory.mktemp("runs")
-    return folder, run_distributed_test(_runs, 2, args=(data, folder), timeout=400)
+    return folder, run_distributed_test(_runs, 2, args=(data, folder))
 
 
 def test_run_goes_back_on_both_ranks_and_the_stopped_one_goes_on(runs):

@@ -48,7 +48,7 @@ def _train_all(data: Path, folder: Path) -> list[list[float]]:
 @pytest.fixture(scope="module")
 def losses(tmp_path_factory) -> dict[tuple[int, int, bool], list[float]]:
     data = make_data(tmp_path_factory.mktemp("data"))
-    found = run_distributed_test(_train_all, RANKS, args=(data, tmp_path_factory.mktemp("matrix")), timeout=500)[0]
+    found = run_distributed_test(_train_all, RANKS, args=(data, tmp_path_factory.mktemp("matrix")))[0]
     return dict(zip(CASES, found, strict=True))
 
 

@@ -117,7 +117,7 @@ def _alone(data: Path, folder: Path) -> tuple[list[dict], list[list[float]]]:
 
 @pytest.fixture(scope="module")
 def one_rank(data, tmp_path_factory) -> tuple[list[dict], list[list[float]]]:
-    return run_distributed_test(_alone, 1, args=(data, tmp_path_factory.mktemp("alone")), timeout=500)[0]
+    return run_distributed_test(_alone, 1, args=(data, tmp_path_factory.mktemp("alone")))[0]
 
 
 @pytest.fixture(scope="module")
@@ -127,7 +127,7 @@ def alone(one_rank) -> list[dict]:
 
 @pytest.fixture(scope="module")
 def pair(data, tmp_path_factory) -> list[list[dict]]:
-    return run_distributed_test(_train, 2, args=(data, tmp_path_factory.mktemp("pair")), timeout=500)
+    return run_distributed_test(_train, 2, args=(data, tmp_path_factory.mktemp("pair")))
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -169,7 +169,7 @@ def test_accumulation_gives_the_step_of_the_whole_batch(one_rank):
 
 @pytest.fixture(scope="module")
 def resumed(data, tmp_path_factory) -> list[tuple[dict, dict]]:
-    return run_distributed_test(_resume, 2, args=(data, tmp_path_factory.mktemp("resumed")), timeout=500)[0]
+    return run_distributed_test(_resume, 2, args=(data, tmp_path_factory.mktemp("resumed")))[0]
 
 
 @pytest.mark.parametrize("case", range(len(RESUMED)), ids=[f"stage{s}-{p}" for s, p in RESUMED])

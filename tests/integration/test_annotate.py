@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import tarfile
-import time
 from pathlib import Path
 
 import pytest
@@ -16,6 +15,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from training_runs import make_data, run_config, write_config
+from waiting import holding, wait_until
 
 from mmd2v.config.load import load_config
 from mmd2v.errors import UserError
@@ -493,13 +493,15 @@ def test_killed_and_run_again_the_files_are_the_same(folder, runs):
     command = [sys.executable, "-m", "mmd2v", "data", "annotate", str(folder / "run.yaml"), "--batch-size", "1"]
     options = ["--epochs", str(EPOCHS), "--data.workers", "1", "--out"]
     killed, files = folder / "killed", 3 * EPOCHS
-    quiet = {"env": ENVIRONMENT, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    quiet = {"env": ENVIRONMENT | holding(12), "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
     process = subprocess.Popen([*command, *options, str(killed)], start_new_session=True, **quiet)
-    deadline = time.monotonic() + 100
+
+    def is_there():
+        assert process.poll() is None
+        return len(list(killed.glob("resnet/epoch-*/shard-*.safetensors"))) >= 5
+
     try:
-        while len(list(killed.glob("resnet/epoch-*/shard-*.safetensors"))) < 5:
-            assert process.poll() is None and time.monotonic() < deadline
-            time.sleep(0.005)
+        wait_until(is_there)
     finally:
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()

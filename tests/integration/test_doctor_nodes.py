@@ -2,29 +2,24 @@
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from waiting import LONG, free_port
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 DOCTOR = [sys.executable, "-m", "mmd2v", "doctor", "--node"]
-
-
-def _free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
+PATIENT = ["--timeout", str(LONG)]  # for processes that begin one after the other on a busy machine
 
 
 def _ranks(
     arguments: dict[int, list[str]], size: int, environ: dict[int, dict[str, str]] | None = None
 ) -> dict[int, tuple[int, str, str]]:
     """Start some ranks of ``size`` on nodes node0, node1, …; return (status, output, errors) of each."""
-    port = str(_free_port())
+    port = str(free_port())
     processes = {}
     for rank, own in arguments.items():
         launched = {
@@ -43,7 +38,7 @@ def _ranks(
             stderr=subprocess.PIPE,
             text=True,
         )
-    told = {rank: process.communicate(timeout=200) for rank, process in processes.items()}
+    told = {rank: process.communicate(timeout=LONG) for rank, process in processes.items()}
     return {rank: (processes[rank].returncode, *told[rank]) for rank in processes}
 
 
@@ -52,9 +47,9 @@ def test_node_with_another_run_folder_is_named(tmp_path):
     own.mkdir()
     told = _ranks(
         {
-            0: ["--run-dir", str(shared), "--json", str(file)],
-            1: ["--run-dir", str(own)],
-            2: ["--run-dir", str(shared)],
+            0: ["--run-dir", str(shared), "--json", str(file), *PATIENT],
+            1: ["--run-dir", str(own), *PATIENT],
+            2: ["--run-dir", str(shared), *PATIENT],
         },
         3,
     )
@@ -85,7 +80,7 @@ def test_rank_that_never_comes_is_named():
 
 @pytest.mark.slow  # gloo on the other nodes waits half a minute
 def test_node_that_others_cannot_reach_is_named():
-    told = _ranks({rank: [] for rank in range(3)}, 3, {1: {"GLOO_SOCKET_IFNAME": "nonesuch"}})
+    told = _ranks(dict.fromkeys(range(3), PATIENT), 3, {1: {"GLOO_SOCKET_IFNAME": "nonesuch"}})
     assert [status for status, _, _ in told.values()] == [1, 1, 1], told
     assert "no group by gloo: " in told[0][1] and "nonesuch" in told[0][1]
     assert told[0][1].splitlines()[-1] == "bad: node1 (rank 1) (of 3 nodes)"
@@ -94,13 +89,13 @@ def test_node_that_others_cannot_reach_is_named():
 def test_under_torchrun(tmp_path):
     launcher = Path(sys.executable).with_name("torchrun")
     result = subprocess.run(
-        [launcher, "--nproc-per-node", "2", f"--master-port={_free_port()}", "-m", "mmd2v", "doctor", "--nodes",
-         "--run-dir", str(tmp_path / "run"), "--ranks", "2"],
+        [launcher, "--nproc-per-node", "2", f"--master-port={free_port()}", "-m", "mmd2v", "doctor", "--nodes",
+         "--run-dir", str(tmp_path / "run"), "--ranks", "2", *PATIENT],
         env=ENVIRONMENT,
         capture_output=True,
         text=True,
         check=False,
-        timeout=200,
+        timeout=LONG,
     )  # fmt: skip
     assert result.returncode == 0, result.stdout + result.stderr
     assert "1 node: fit" in result.stdout
@@ -109,7 +104,7 @@ def test_under_torchrun(tmp_path):
 
 def test_alone():
     result = subprocess.run(
-        [*DOCTOR, "--gpus", "63"], env=ENVIRONMENT, capture_output=True, text=True, check=False, timeout=200
+        [*DOCTOR, "--gpus", "63"], env=ENVIRONMENT, capture_output=True, text=True, check=False, timeout=LONG
     )
     assert result.returncode == 1, result.stderr
     assert "expected 63" in result.stdout and result.stdout.splitlines()[-1].startswith("bad: ")

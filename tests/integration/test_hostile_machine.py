@@ -166,7 +166,7 @@ def said(config) -> dict[str, str]:
     sys.path.insert(0, str(Path(__file__).parents[1] / "distributed"))
     from harness import run_distributed_test
 
-    return run_distributed_test(_adversities, 1, args=(str(config),), timeout=400)[0]
+    return run_distributed_test(_adversities, 1, args=(str(config),))[0]
 
 
 def _records(config: Path, run: str) -> list[dict[str, float]]:

@@ -2,7 +2,6 @@
 
 import os
 import shutil
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +10,7 @@ import pytest
 import yaml
 from slurm_cluster import Cluster
 from training_runs import make_data, write_config
+from waiting import LONG, free_port
 
 from mmd2v.train.metrics import read_metrics
 
@@ -56,7 +56,7 @@ def _run(config: Path, command: list[object], **environ: object) -> Path:
 
 def _run_on_two_nodes(config: Path, command: list[object], **environ: object) -> Path:
     """Start ``command`` once for each node, as is done where no node reaches the others by ssh."""
-    run_dir, port = config.parent / "runs" / Path(str(command[0])).stem, _free_port()
+    run_dir, port = config.parent / "runs" / Path(str(command[0])).stem, free_port()
     _end_well(
         [
             _start(config, command, run_dir, NODE_RANK=rank, HEAD="127.0.0.1", MASTER_PORT=port, **environ)
@@ -68,7 +68,7 @@ def _run_on_two_nodes(config: Path, command: list[object], **environ: object) ->
 
 def _end_well(processes: list[subprocess.Popen[str]]) -> None:
     try:
-        said = [process.communicate(timeout=240)[0] for process in processes]
+        said = [process.communicate(timeout=LONG)[0] for process in processes]
     finally:
         for process in processes:
             process.kill()
@@ -81,12 +81,6 @@ def _losses(run_dir: Path) -> dict[int, float]:
     losses = {record["step"]: record["loss"] for record in read_metrics(run_dir / "metrics.jsonl") if "loss" in record}
     assert sorted(losses) == list(range(1, STEPS + 1))
     return losses
-
-
-def _free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
 
 
 def test_deepspeed(config, expected):
@@ -111,6 +105,6 @@ def test_srun_on_two_nodes(config, expected, slurm: Cluster):
     environment = _environment(SLURM_CONF=slurm.environment["SLURM_CONF"])
     command = ["sbatch", *asked, str(LAUNCH / "srun.sbatch"), str(config), "--run_dir", str(run_dir)]
     job = int(subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout)
-    state = slurm.wait(job, {"COMPLETED", "FAILED", "CANCELLED", "NODE_FAIL"}, 240)
+    state = slurm.wait(job, {"COMPLETED", "FAILED", "CANCELLED", "NODE_FAIL"}, LONG)
     assert state == "COMPLETED", log.read_text()
     assert _losses(run_dir) == expected

@@ -6,7 +6,6 @@ The ranks are forked from one process that has imported torch, which is what mos
 import itertools
 import multiprocessing
 import os
-import random
 import signal
 import socket
 import sys
@@ -18,6 +17,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from waiting import LONG, free_port, wait_until
 
 from mmd2v.data.watch import Watchdog
 from mmd2v.distributed import environment, verdict
@@ -25,11 +25,10 @@ from mmd2v.distributed.heartbeat import Pulse
 from mmd2v.distributed.processes import LOST_STATUS
 from mmd2v.errors import UserError
 
-PROMPT = 20.0  # seconds; the collective that the other rank is in would wait for hours
-LONG = 600.0
+PROMPT = 120.0  # seconds, where a few are enough; the collective that the other rank is in would wait for hours
 
 
-def rank_process(scenario, rank, port, out, timeout):
+def rank_process(scenario, rank, port, out, hurry):
     """What a rank runs: some steps together; then rank 1 is late with its data, and rank 0 waits for it."""
     with open(out, "wb", buffering=0) as file:
         os.dup2(file.fileno(), 1)
@@ -43,7 +42,9 @@ def rank_process(scenario, rank, port, out, timeout):
     torch.set_num_threads(1)
     world = environment.initialize("cpu")
     try:
-        with Pulse(world, timeout) as pulse:
+        with Pulse(world, LONG) as pulse:
+            if pulse._watch is not None:
+                type(pulse._watch)._timeout = property(lambda watch: seconds_in(hurry))
             pulse.newest = lambda: Path("runs/a/step-3")
             for step in range(4):
                 pulse.at(step, "computing")
@@ -51,10 +52,20 @@ def rank_process(scenario, rank, port, out, timeout):
             SCENARIOS[scenario](rank, pulse)
     except UserError as error:
         if scenario == "raises_and_stays":
-            threading.Event().wait(60)
+            threading.Event().wait(LONG)
         print(f"own error: {error}")
         raise SystemExit(2) from None
     environment.shutdown()
+
+
+def seconds_in(file):
+    """Seconds without a word after which a rank counts as frozen: what the test has written there by now. Until then
+    there are many, so that a rank that is only slow does not.
+    """
+    try:
+        return float(Path(file).read_text())
+    except (OSError, ValueError):
+        return LONG
 
 
 def wait_for_end(rank, pulse):
@@ -76,15 +87,19 @@ def _say_ready(pulse, other, phase):
 def fork_and_wait(rank, pulse):
     """A loader process must not hold its dead parent's connection."""
     if rank == 1:
-        parent = os.getpid()
-        multiprocessing.get_context("fork").Process(target=_outlive, args=(parent,), daemon=True).start()
+        multiprocessing.get_context("fork").Process(target=_outlive, daemon=True).start()
     wait_for_end(rank, pulse)
 
 
-def _outlive(parent):
-    deadline = time.monotonic() + 2 * PROMPT
-    while time.monotonic() < deadline:
+def _outlive():
+    enough, deadline = _enough(os.readlink("/proc/self/fd/1")), time.monotonic() + LONG
+    while not enough.exists() and time.monotonic() < deadline:
         time.sleep(0.2)
+
+
+def _enough(output):
+    """The file with which the test says that a process with this output may end."""
+    return Path(f"{output}.enough")
 
 
 def raise_alone(rank, pulse):
@@ -96,7 +111,7 @@ def raise_alone(rank, pulse):
 
 
 def raise_together(rank, pulse):
-    verdict.ERROR_GRACE = 2.0
+    verdict.ERROR_GRACE = LONG
     if rank == 1:
         time.sleep(0.5)
     raise UserError("the same")
@@ -133,7 +148,7 @@ def step_until_told(rank, pulse):
     goes_on = torch.ones(1)
     while goes_on:
         pulse.at(4, "computing")
-        if rank == 0 and Path(f"{os.readlink('/proc/self/fd/1')}.enough").exists():
+        if rank == 0 and _enough(os.readlink("/proc/self/fd/1")).exists():
             goes_on.zero_()
         dist.broadcast(goes_on, 0)
         if pulse._watch._states[1 - rank].step == 4:
@@ -159,17 +174,15 @@ class Job:
 
     processes: list
     outputs: list[Path]
+    hurry: Path
 
     def told(self, rank):
         return self.outputs[rank].read_text() if self.outputs[rank].exists() else ""
 
     def until_ready(self):
-        deadline = time.monotonic() + 120
-        while not all("READY" in self.told(rank) for rank in (0, 1)):
-            assert time.monotonic() < deadline, [self.told(0), self.told(1)]
-            time.sleep(0.05)
+        wait_until(lambda: all("READY" in self.told(rank) for rank in (0, 1)), lambda: [self.told(0), self.told(1)])
 
-    def status(self, rank, within):
+    def status(self, rank, within=LONG):
         self.processes[rank].join(within)
         return self.processes[rank].exitcode
 
@@ -190,23 +203,24 @@ def start(context, tmp_path, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     jobs = []
 
-    def begin(scenario, timeout=120.0):
-        port = random.randint(20_000, 31_000)
+    def begin(scenario):
+        port, hurry = free_port(), tmp_path / "hurry"
         outputs = [tmp_path / f"rank{rank}" for rank in (0, 1)]
         processes = [
-            context.Process(target=rank_process, args=(scenario, rank, port, str(outputs[rank]), timeout))
+            context.Process(target=rank_process, args=(scenario, rank, port, str(outputs[rank]), str(hurry)))
             for rank in (0, 1)
         ]
         for process in processes:
             process.start()
-        jobs.append(Job(processes, outputs))
+        jobs.append(Job(processes, outputs, hurry))
         return jobs[0]
 
     yield begin
     for job in jobs:
-        for process in job.processes:
+        for process, output in zip(job.processes, job.outputs, strict=True):
             process.kill()
             process.join()
+            _enough(output).touch()
 
 
 CONTINUE = "; the newest checkpoint is runs/a/step-3; continue with --resume auto\n"
@@ -227,9 +241,10 @@ def test_a_killed_rank_is_named_by_the_other(start, lost, scenario):
 
 @pytest.mark.parametrize("lost", [1, 0])
 def test_a_stopped_rank_is_named_and_ends_when_it_goes_on(start, lost):
-    job = start("waits", timeout=5.0)
+    job = start("waits")
     job.until_ready()
     os.kill(job.processes[lost].pid, signal.SIGSTOP)
+    job.hurry.write_text("5")
     assert job.status(1 - lost, PROMPT) == LOST_STATUS
     told = job.told(1 - lost)
     phase = ("computing", "waiting for data")[lost]
@@ -242,7 +257,7 @@ def test_a_stopped_rank_is_named_and_ends_when_it_goes_on(start, lost):
 @pytest.mark.parametrize("scenario", ["raises", "raises_and_stays"])
 def test_a_rank_that_fails_alone_ends_the_other_with_its_error(start, scenario):
     job = start(scenario)
-    assert job.status(0, 60) == LOST_STATUS
+    assert job.status(0) == LOST_STATUS
     error = f"error: {job.name(1)} ended with an error at step 4 while saving: UserError: the disk is full{CONTINUE}"
     assert job.told(0).endswith(error)
     assert "Traceback" not in job.told(0)
@@ -253,33 +268,35 @@ def test_a_rank_that_fails_alone_ends_the_other_with_its_error(start, scenario):
 
 def test_ranks_that_fail_together_tell_their_own_error(start):
     job = start("raise_together")
-    assert [job.status(rank, 60) for rank in (0, 1)] == [2, 2]
+    assert [job.status(rank) for rank in (0, 1)] == [2, 2]
     assert job.told(0) == job.told(1) == "own error: the same\n"
 
 
 def test_a_loader_that_stalls_in_the_training_process_ends_both(start):
     job = start("stalls")
-    assert [job.status(rank, 60) for rank in (0, 1)] == [LOST_STATUS] * 2
+    assert [job.status(rank) for rank in (0, 1)] == [LOST_STATUS] * 2
     reason = "data.stall_timeout: no batch in that time; waited for shard 7"
     assert job.told(1).endswith(f"error: {reason}\n")
     assert f"error: {job.name(1)} ended with an error at step 4 while waiting for data: {reason}" in job.told(0)
 
 
 def test_strangers_clocks_and_a_late_finish_disturb_nobody(start):
-    job = start("finishes", timeout=20.0)
-    assert [job.status(rank, 60) for rank in (0, 1)] == [0, 0], [job.told(0), job.told(1)]
+    job = start("finishes")
+    assert [job.status(rank) for rank in (0, 1)] == [0, 0], [job.told(0), job.told(1)]
     assert job.told(0) == job.told(1) == ""
 
 
 def test_a_job_that_is_suspended_as_a_whole_goes_on(start):
-    job = start("steps", timeout=10.0)
+    job = start("steps")
     job.until_ready()
     for process in job.processes:
         os.kill(process.pid, signal.SIGSTOP)
+    job.hurry.write_text("10")
     time.sleep(13)
     for process in job.processes:
         os.kill(process.pid, signal.SIGCONT)
     time.sleep(1)
-    Path(f"{job.outputs[0]}.enough").touch()
-    assert [job.status(rank, 60) for rank in (0, 1)] == [0, 0], [job.told(0), job.told(1)]
+    job.hurry.unlink()
+    _enough(job.outputs[0]).touch()
+    assert [job.status(rank) for rank in (0, 1)] == [0, 0], [job.told(0), job.told(1)]
     assert "error" not in job.told(0) + job.told(1)

@@ -5,10 +5,10 @@ import os
 import signal
 import subprocess
 import sys
-import time
 
 import pytest
 from data_samples import captions_of, encoded, leftovers, write_images, write_json
+from waiting import LONG, wait_until
 
 from mmd2v.data.packing import pack
 from mmd2v.data.partial import PartialFolder
@@ -17,17 +17,20 @@ from mmd2v.errors import UserError
 
 SIZE = 5  # samples a shard
 
-# Packs as the command does, slowly enough to be killed in the middle of it.
+# Packs as the command does, slowly; with some shards finished it waits to be killed, however late that is.
 SLOW = """
 import sys, time
+from pathlib import Path
 from mmd2v.data import packing
 from mmd2v.cli.main import main
 original = packing._as_jpeg
 def slow(*arguments):
     time.sleep(0.03)
+    while len(list(Path(sys.argv[1]).glob("shards/*.tar.idx"))) >= int(sys.argv[2]):
+        time.sleep(0.01)
     return original(*arguments)
 packing._as_jpeg = slow
-sys.exit(main(sys.argv[1:]))
+sys.exit(main(sys.argv[3:]))
 """
 
 
@@ -50,17 +53,17 @@ def shards_of(folder):
 
 def interrupt(source, out, number, at_least, *more):
     """Start packing, send a signal once some shards are finished; the exit status."""
-    process = subprocess.Popen(
-        [sys.executable, "-c", SLOW, *command(source, out, *more)], stderr=subprocess.PIPE, text=True
-    )
     partial = out.with_name(out.name + ".partial")
-    deadline = time.monotonic() + 60
-    while len(shards_of(partial)) < at_least:
+    slow = [sys.executable, "-c", SLOW, str(partial), str(at_least + 2)]
+    process = subprocess.Popen([*slow, *command(source, out, *more)], stderr=subprocess.PIPE, text=True)
+
+    def is_there():
         assert process.poll() is None, process.stderr.read()
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+        return len(shards_of(partial)) >= at_least
+
+    wait_until(is_there)
     os.kill(process.pid, number)
-    said = process.communicate(timeout=30)[1]
+    said = process.communicate(timeout=LONG)[1]
     return process.returncode, said
 
 

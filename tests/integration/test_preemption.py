@@ -3,13 +3,13 @@
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 from training_runs import make_data, write_config
+from waiting import LONG, free_port
 
 from mmd2v.models.layer_drop import dropped_layers
 from mmd2v.train.checkpoints.folders import complete_checkpoints
@@ -142,7 +142,7 @@ def _alone(folder: Path, data: Path) -> dict:
 
 @pytest.fixture(scope="module")
 def alone(data, tmp_path_factory) -> dict:
-    return run_distributed_test(_alone, 1, args=(tmp_path_factory.mktemp("alone"), data), timeout=500)[0]
+    return run_distributed_test(_alone, 1, args=(tmp_path_factory.mktemp("alone"), data))[0]
 
 
 def test_run_that_is_stopped_says_what_it_saved_and_how_to_go_on(alone):
@@ -203,9 +203,7 @@ def test_time_of_a_save_is_told_with_the_next_interval(alone):
 
 def _command(config: Path, ranks: int, **environment: str) -> tuple[list[int], list[str]]:
     """Statuses and errors of the ranks of one run; each leads a process group of its own."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     tests = Path(__file__).parents[1]
     path = os.pathsep.join([str(tests), *filter(None, [os.environ.get("PYTHONPATH")])])
     common = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path, "MASTER_ADDR": "127.0.0.1"}
@@ -222,7 +220,7 @@ def _command(config: Path, ranks: int, **environment: str) -> tuple[list[int], l
         for rank in range(ranks)
     ]
     try:
-        errors = [process.communicate(timeout=400)[1] for process in processes]
+        errors = [process.communicate(timeout=LONG)[1] for process in processes]
     finally:
         for process in processes:
             process.kill()
@@ -252,7 +250,7 @@ def test_all_ranks_leave_at_the_step_of_one_that_was_asked(data, tmp_path):
     assert len(said[0]) == 1 and said[1] == [], errors
     assert said[0][0].startswith(f"SIGUSR1: saved step 4 in {run_dirs[1] / 'checkpoints' / 'step-000004'} ("), errors
 
-    run_distributed_test(_train_both, 2, args=(whole, stopped), timeout=500)
+    run_distributed_test(_train_both, 2, args=(whole, stopped))
     assert _exact(run_dirs[1]) == _exact(run_dirs[0])
     for rank in range(2):
         traces = [_samples(tmp_path / "trace" / f"{name}.rank{rank}.jsonl") for name in ("whole", "stopped")]

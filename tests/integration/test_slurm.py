@@ -12,12 +12,13 @@ from pathlib import Path
 import pytest
 from slurm_cluster import Cluster
 from training_runs import make_data, write_config
+from waiting import LONG, holding
 
 from mmd2v.cli import data as data_command
 from mmd2v.train.metrics import read_metrics
 
-STEPS, BATCH = 96, 8  # one epoch; the signals come in its first third, so that a slow one still meets a run
-SECONDS = 200  # for a start or a stop: seconds when the machine is quiet
+STEPS, BATCH = 96, 8  # one epoch
+HELD = 20  # steps after which a start waits for the signal that is to come, three times
 ENDED = {"COMPLETED", "FAILED", "CANCELLED", "NODE_FAIL", "TIMEOUT"}
 
 
@@ -32,20 +33,21 @@ def config(tmp_path_factory) -> Path:
     return write_config(folder / "run.yaml", data, steps=None, epochs=1, checkpoint__every=40, **changes)
 
 
-def _launch(config: Path, slurm: Cluster, run_dir: Path, nodes: int, *more: str) -> tuple[int, str]:
-    """Submit the run as a user does; return the job's number and what is said."""
-    asked = ["--nodes", str(nodes), "--gpus-per-node", "0", "--signal-seconds", "30", "--time", "10", *more]
+def _launch(config: Path, slurm: Cluster, run_dir: Path, nodes: int, *more: str, **environ: str) -> tuple[int, str]:
+    """Submit the run as a user does, who has ``environ`` too; return the job's number and what is said."""
+    asked = ["--nodes", str(nodes), "--gpus-per-node", "0", "--signal-seconds", "30", "--time", "60", *more]
     overrides = ["--run_dir", str(run_dir), "--data.trace", str(run_dir / "trace")]
-    done = _command(slurm, "launch", "slurm", config, *asked, *overrides)
+    done = _command(slurm, "launch", "slurm", config, *asked, *overrides, **environ)
     assert done.returncode == 0, done.stderr
     number = re.match(r"job (\d+): ", done.stdout)
     assert number is not None, done.stdout
     return int(number[1]), done.stdout
 
 
-def _command(slurm: Cluster, *arguments: object) -> subprocess.CompletedProcess[str]:
+def _command(slurm: Cluster, *arguments: object, **environ: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "mmd2v", *map(str, arguments)]
-    return subprocess.run(command, env=slurm.environment, capture_output=True, text=True, check=False, timeout=SECONDS)
+    own = {**slurm.environment, **environ}
+    return subprocess.run(command, env=own, capture_output=True, text=True, check=False, timeout=LONG)
 
 
 def _losses(run_dir: Path) -> dict[int, float]:
@@ -60,7 +62,7 @@ def _traced(run_dir: Path) -> Counter[str]:
 
 
 def _until(happened: Callable[[], bool], slurm: Cluster, job: int, log: Path) -> None:
-    deadline = time.monotonic() + SECONDS
+    deadline = time.monotonic() + LONG
     while not happened():
         state = slurm.state(job)
         if state in ENDED or time.monotonic() > deadline:
@@ -79,7 +81,7 @@ def whole(config, slurm) -> Path:
     """Run directory of the run that nobody interrupts, on two nodes that are looked at first."""
     run_dir = config.parent / "whole"
     job, _ = _launch(config, slurm, run_dir, 2)
-    state = slurm.wait(job, ENDED, SECONDS)
+    state = slurm.wait(job, ENDED, LONG)
     log = (run_dir / f"slurm-{job}.log").read_text()
     assert state == "COMPLETED", log
     assert 0 < log.index("2 nodes: fit") < log.index("mmd2v job: job ") < log.index("run run on cpu")
@@ -87,10 +89,10 @@ def whole(config, slurm) -> Path:
     return run_dir
 
 
-@pytest.mark.timeout(1200)  # five starts of two ranks: a minute when the machine is quiet
+@pytest.mark.timeout(6000)  # five starts of two ranks: a minute when the machine is quiet
 def test_nothing_is_lost_over_preemption_requeue_and_other_numbers_of_nodes(config, slurm, whole):
     run_dir = config.parent / "moved"
-    job, said = _launch(config, slurm, run_dir, 2, "--no-check")
+    job, said = _launch(config, slurm, run_dir, 2, "--no-check", **holding(HELD))
     log = run_dir / f"slurm-{job}.log"
     assert f"tail -F {log}" in said and f"scancel {job}" in said and "2 × 1 = 2 ranks" in said
 
@@ -121,11 +123,11 @@ def test_nothing_is_lost_over_preemption_requeue_and_other_numbers_of_nodes(conf
     # Cancelled, which ends it for good, and submitted again, on two nodes.
     slurm.run("scontrol", "update", "NodeName=node2", "State=RESUME")
     slurm.run("scancel", job)
-    assert slurm.wait(job, ENDED, SECONDS) == "CANCELLED"
+    assert slurm.wait(job, ENDED, LONG) == "CANCELLED"
     on_one, on_two = _starts(log)[1], max(_losses(run_dir))
     job, _ = _launch(config, slurm, run_dir, 2, "--no-check")
     last = run_dir / f"slurm-{job}.log"
-    assert slurm.wait(job, ENDED, SECONDS) == "COMPLETED", last.read_text()
+    assert slurm.wait(job, ENDED, LONG) == "COMPLETED", last.read_text()
 
     # No step was lost at any stop, none was done twice, and every sample of the epoch came once.
     assert on_one < on_two == _starts(last)[0] < STEPS
@@ -148,12 +150,12 @@ def test_notice_while_a_run_is_still_starting_queues_the_job_again(slurm, tmp_pa
         "begun = pathlib.Path(__file__).with_name('begun')\n"
         "if os.environ['SLURM_PROCID'] == '0' and 'SLURM_RESTART_COUNT' not in os.environ:\n"
         "    begun.touch()\n"
-        "time.sleep(0 if 'SLURM_RESTART_COUNT' in os.environ else 100)\n"
+        "time.sleep(0 if 'SLURM_RESTART_COUNT' in os.environ else 2000)\n"
     )
     config = write_config(tmp_path / "run.yaml", tmp_path)
     job, _ = _launch(config, slurm, tmp_path / "run", 2, "--no-check", "--setup", str(setup))
     log = tmp_path / "run" / f"slurm-{job}.log"
     _until((tmp_path / "begun").exists, slurm, job, log)
     slurm.run("scancel", "--signal=USR1", job)
-    assert slurm.wait(job, ENDED, SECONDS) == "COMPLETED", log.read_text()
+    assert slurm.wait(job, ENDED, LONG) == "COMPLETED", log.read_text()
     assert slurm.fields(job)["Restarts"] == "1" and "start number 2" in log.read_text()

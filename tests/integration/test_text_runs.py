@@ -3,7 +3,6 @@
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -11,6 +10,7 @@ import torch
 import yaml
 from mmd2v_process import MMD2VProcess, run_mmd2v
 from text_runs import make_text_data, sentences, write_text_config
+from waiting import holding, wait_until
 
 import mmd2v
 from mmd2v.data.tokenizers import train_tokenizer
@@ -104,16 +104,16 @@ def test_records_have_tokens_and_samples_and_epochs(whole):
 
 def test_a_killed_run_goes_on_as_if_it_had_not_been_killed(whole, config):
     run_dir, trace = config.parent / "runs" / "killed", config.parent / "trace-killed"
-    process = MMD2VProcess(["train", config, "--run_dir", run_dir, "--data.trace", trace], ENVIRONMENT)
-    metrics, deadline = run_dir / "metrics.jsonl", time.monotonic() + 200
+    process = MMD2VProcess(["train", config, "--run_dir", run_dir, "--data.trace", trace], ENVIRONMENT | holding(20))
+    metrics = run_dir / "metrics.jsonl"
+
+    def is_there():
+        assert process.poll() is None
+        done = max((r["step"] for r in read_metrics(metrics)), default=0) if metrics.exists() else 0
+        return done > EVERY and complete_checkpoints(run_dir / "checkpoints")
+
     try:
-        while not (
-            metrics.exists()
-            and max((r["step"] for r in read_metrics(metrics)), default=0) > EVERY
-            and complete_checkpoints(run_dir / "checkpoints")
-        ):
-            assert process.poll() is None and time.monotonic() < deadline
-            time.sleep(0.002)
+        wait_until(is_there)
     finally:
         process.kill()
     reached = max(r["step"] for r in read_metrics(metrics))

@@ -4,16 +4,15 @@ import os
 import resource
 import shutil
 import signal
-import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 import yaml
 from mmd2v_process import run_mmd2v, start_ranks
 from training_runs import make_data, write_config
+from waiting import LONG, free_port, holding, wait_until
 
 from mmd2v.train.checkpoints.folders import complete_checkpoints
 from mmd2v.train.metrics import read_metrics
@@ -135,23 +134,26 @@ def test_records_have_units_and_every_term(whole):
 # ------------------------------------------------------------------------------------ kill and resume
 
 
-def _start_and_end(command: list[object], run_dir: Path, after: int, sign: signal.Signals) -> subprocess.Popen[str]:
+def _start_and_end(
+    command: list[object], run_dir: Path, after: int, hold: int, sign: signal.Signals
+) -> subprocess.Popen[str]:
     """Start a run and send ``sign`` to its process group, as a terminal does, once it has done step ``after``.
 
-    And has a checkpoint, which is written beside the steps.
+    And has a checkpoint, which is written beside the steps. After ``hold`` steps of its own it waits for the signal.
     """
     pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
-    process = subprocess.Popen([*MMD2V, *map(str, command)], env=ENVIRONMENT, start_new_session=True, **pipes)
+    process = subprocess.Popen(
+        [*MMD2V, *map(str, command)], env=ENVIRONMENT | holding(hold), start_new_session=True, **pipes
+    )
     metrics = run_dir / "metrics.jsonl"
-    deadline = time.monotonic() + 200
+
+    def is_there() -> bool:
+        assert process.poll() is None
+        done = max(_losses(run_dir), default=0) if metrics.exists() else 0
+        return done >= after and bool(complete_checkpoints(run_dir / "checkpoints"))
+
     try:
-        while not (
-            metrics.exists()
-            and max(_losses(run_dir), default=0) >= after
-            and complete_checkpoints(run_dir / "checkpoints")
-        ):
-            assert process.poll() is None and time.monotonic() < deadline
-            time.sleep(0.005)
+        wait_until(is_there)
     finally:
         os.killpg(process.pid, sign)
     return process
@@ -161,7 +163,7 @@ def _start_and_end(command: list[object], run_dir: Path, after: int, sign: signa
 def killed(config) -> Path:
     """Run directory of the same run, ended by SIGKILL in the middle."""
     run_dir = config.parent / "runs" / "killed"
-    process = _start_and_end(["train", config, "--run_dir", run_dir], run_dir, EVERY + 1, signal.SIGKILL)
+    process = _start_and_end(["train", config, "--run_dir", run_dir], run_dir, EVERY + 1, 20, signal.SIGKILL)
     process.communicate()
     return run_dir
 
@@ -175,8 +177,8 @@ def test_killed_run_continues_as_if_nothing_had_happened(config, whole, killed):
 
     # Once more, by Ctrl-C this time: it says where the run stands.
     resume = ["train", config, "--run_dir", killed, "--resume", "auto"]
-    process = _start_and_end(resume, killed, max(seen) + 2, signal.SIGINT)
-    _, errors = process.communicate(timeout=60)
+    process = _start_and_end(resume, killed, max(seen) + 2, 16, signal.SIGINT)
+    _, errors = process.communicate(timeout=LONG)
     assert process.returncode == 130, errors
     assert errors.startswith("interrupted after step ") and len(errors.splitlines()) == 1, errors
     assert "the last checkpoint is" in errors and errors.endswith("continue with --resume auto\n")
@@ -257,7 +259,7 @@ def said(config, whole) -> dict[str, str]:
     sys.path.insert(0, str(Path(__file__).parents[1] / "distributed"))
     from harness import run_distributed_test
 
-    return run_distributed_test(_misadventures, 1, args=(str(config),), timeout=300)[0]
+    return run_distributed_test(_misadventures, 1, args=(str(config),))[0]
 
 
 def test_checkpoint_that_is_not_there(said):
@@ -318,7 +320,7 @@ def test_full_disk_while_exporting_is_one_line(whole, tmp_path):
         resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
 
     command = [*MMD2V, "export", str(whole), "--out", str(tmp_path / "export")]
-    result = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=300, preexec_fn=limit)
+    result = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=LONG, preexec_fn=limit)
     assert result.returncode == 2, result.stderr
     assert result.stderr.startswith("error: ") and len(result.stderr.splitlines()) == 1, result.stderr
     assert list(tmp_path.iterdir()) == []
@@ -340,9 +342,7 @@ def test_damaged_checkpoint_is_left_for_the_one_before(said):
 def test_two_processes_under_the_deepspeed_launcher(config, whole):
     launcher = Path(sys.executable).with_name("deepspeed")
     run_dir = config.parent / "runs" / "launched"
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     command = [launcher, "--num_accelerators", 2, "--master_port", port, "--module", "mmd2v", "train", config]
     overrides = [
         "--run_dir",
@@ -362,7 +362,7 @@ def test_two_processes_under_the_deepspeed_launcher(config, whole):
         capture_output=True,
         text=True,
         check=False,
-        timeout=300,
+        timeout=LONG,
     )
     assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-3000:]
     assert '"ranks": 2' in (run_dir / "environment.json").read_text()

@@ -67,7 +67,7 @@ def inspect(cubin: bytes, tools: Path) -> dict[str, int]:
 
 
 def _run(*command: str) -> str:
-    return subprocess.run(command, check=True, capture_output=True, text=True, timeout=60).stdout
+    return subprocess.run(command, check=True, capture_output=True, text=True, timeout=600).stdout
 
 
 if __name__ == "__main__":

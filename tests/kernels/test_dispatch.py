@@ -112,4 +112,4 @@ x = torch.randn(2, 3, 4)
 mmd2v_kernels.distill_target([x], final_layer_norm=True)
 assert "Triton is not installed" in mmd2v_kernels.describe("cpu")
 """
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=600)

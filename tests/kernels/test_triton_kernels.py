@@ -31,7 +31,7 @@ def run(script: str, *arguments: str, python: str = sys.executable, **environmen
         env=variables | environment,
         capture_output=True,
         text=True,
-        timeout=550,
+        timeout=1500,
     )
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from training_runs import make_data, write_config
+from waiting import LONG
 
 ROOT = Path(__file__).parents[2]
 
@@ -19,7 +20,7 @@ def test_retrieval_benchmark_appends_rows(tmp_path):
     size = ["--captions", "60", "--images", "20", "--width", "8", "--repeats", "3"]
     command = [sys.executable, str(ROOT / "benchmarks" / "retrieval" / "run.py"), "--out", str(out), *size]
     for runs in (1, 2):
-        subprocess.run(command, check=True, capture_output=True, timeout=300)
+        subprocess.run(command, check=True, capture_output=True, timeout=LONG)
         with open(out, newline="", encoding="utf-8") as file:
             rows = list(csv.DictReader(file))
         timed = [(row["kernel"], row["provider"]) for row in rows if row["dtype"] == "fp32"]
@@ -34,7 +35,7 @@ def test_retrieval_benchmark_appends_rows(tmp_path):
         assert float(row["peak_extra_mb"]) >= 0
 
     out.write_text("kernel,ms\n")
-    refused = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    refused = subprocess.run(command, capture_output=True, text=True, timeout=LONG)
     assert refused.returncode == 1 and "has other columns" in refused.stderr and "Traceback" not in refused.stderr
     assert out.read_text() == "kernel,ms\n"
 
@@ -44,7 +45,7 @@ def test_contrastive_benchmark_times_forms_of_one_loss(tmp_path):
     script = ROOT / "benchmarks" / "retrieval" / "contrastive.py"
     size = ["--batches", "32", "48", "--width", "8", "--repeats", "2"]
     subprocess.run(
-        [sys.executable, str(script), "--out", str(out), *size], check=True, capture_output=True, timeout=300
+        [sys.executable, str(script), "--out", str(out), *size], check=True, capture_output=True, timeout=LONG
     )
     with open(out, newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
@@ -60,7 +61,7 @@ def test_cost_of_a_checkpoint_is_all_that_it_adds_over_the_steps_between(tmp_pat
     size = ["--width", "64", "--layers", "1", "--batch-size", "2", "--window", "2", "--rounds", "2"]
     script = ROOT / "benchmarks" / "train" / "checkpoint_stall.py"
     subprocess.run(
-        [sys.executable, str(script), "--out", str(out), *size], check=True, capture_output=True, timeout=300
+        [sys.executable, str(script), "--out", str(out), *size], check=True, capture_output=True, timeout=LONG
     )
     found = json.loads(out.with_suffix(".json").read_text())
     assert len(found["rounds"]) == 2
@@ -120,7 +121,7 @@ for line in sys.stdin:
 def throughput(*arguments: object) -> subprocess.CompletedProcess:
     script = ROOT / "benchmarks" / "train" / "throughput.py"
     return subprocess.run(
-        [sys.executable, str(script), *map(str, arguments)], capture_output=True, text=True, timeout=300
+        [sys.executable, str(script), *map(str, arguments)], capture_output=True, text=True, timeout=LONG
     )
 
 

@@ -18,6 +18,7 @@ import pytest
 import torch
 from run_checkpoints import ALONE, FOUND, StubEngine, stub_engine, write_checkpoint
 from safetensors import safe_open
+from waiting import LONG
 
 from mmd2v.config.training import CheckpointConfig
 from mmd2v.errors import UserError
@@ -445,7 +446,7 @@ def test_checkpoint_that_is_replaced_goes_beside_the_training(tmp_path, monkeypa
 
     def slowly(path, *arguments, **options):
         if Path(path).name == ".step-000001.tmp":
-            may_go.wait(60)
+            may_go.wait(LONG)
         remove(path, *arguments, **options)
 
     monkeypatch.setattr(shutil, "rmtree", slowly)

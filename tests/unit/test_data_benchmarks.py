@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from data_samples import captions_of, encoded, make_shards, write_tar
+from waiting import LONG
 
 from mmd2v.cli.data import main
 from mmd2v.config.schema import ImageTransformConfig
@@ -125,7 +126,7 @@ def test_loader_rate_throws_away_what_was_made_before(module):
 
     rate = module("child").LoaderRate(batches, lambda batch: 64, queued=4)
     samples, seconds, processor = rate(0.05)
-    assert samples == 64 * (len(seen) - 6) and 0.05 <= seconds < 5 and processor >= 0
+    assert samples == 64 * (len(seen) - 6) and 0.05 <= seconds < LONG and processor >= 0
 
 
 def test_child_answers_requests_and_reports_failures(module, tmp_path):
@@ -190,7 +191,7 @@ def test_scale_measures_a_set_that_does_not_exist(tmp_path):
         "1",
     ]
     command = [sys.executable, str(BENCHMARKS / "scale.py"), "--out", str(out), *size]
-    subprocess.run(command, check=True, capture_output=True, timeout=300)
+    subprocess.run(command, check=True, capture_output=True, timeout=LONG)
     with open(out, newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     assert [row["measure"] for row in rows] == ["first batches", "memory", "resume", "start"]

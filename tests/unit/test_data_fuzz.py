@@ -19,7 +19,7 @@ from mmd2v.data.sources import SourceOptions, open_source
 from mmd2v.data.transforms import decode_image
 from mmd2v.errors import UserError
 
-LIMIT = 5.0  # seconds for one broken input: generous on a busy machine, and far from a hang
+LIMIT = 5.0  # seconds of processor time for one broken input: far from a loop without end
 MANY = int(os.environ.get("MMD2V_FUZZ_EXAMPLES", "20000"))
 
 # Where a tar's numbers lie: sizes, checksums and types decide how far a reader jumps.
@@ -65,7 +65,7 @@ def whole(tmp_path_factory) -> Path:
 
 def read_all(folder: Path) -> None:
     """Open and read everything, as training does."""
-    began = time.monotonic()
+    began = time.process_time()
     try:
         shards = ShardSet(str(folder), tolerant=True)
     except UserError:
@@ -79,7 +79,7 @@ def read_all(folder: Path) -> None:
                 if isinstance(sample, RawSample) and images:
                     image_size(sample.image)
         shards.close()
-    assert time.monotonic() - began < LIMIT
+    assert time.process_time() - began < LIMIT
 
 
 def broken_tar(whole: Path, tmp_path: Path, changes, indexed: bool) -> None:
@@ -203,13 +203,13 @@ def test_caption_files_of_any_json(tmp_path, value, shape, mark):
 @some(200)
 @given(changes=edits, format=st.sampled_from(["JPEG", "PNG", "WEBP", "GIF"]))
 def test_broken_images(changes, format):
-    began = time.monotonic()
+    began = time.process_time()
     try:
         image = decode_image(edited(encoded(3, format), changes), "x")
         assert image.shape[0] == 3
     except Damage:
         pass
-    assert time.monotonic() - began < LIMIT
+    assert time.process_time() - began < LIMIT
 
 
 @pytest.mark.slow

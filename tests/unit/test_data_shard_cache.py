@@ -12,6 +12,7 @@ import time
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from waiting import LONG, wait_until
 
 from mmd2v.data import shard_cache
 from mmd2v.data.damage import DamageKind
@@ -132,6 +133,7 @@ def test_small_files_are_kept_without_a_look_at_all_others(tmp_path, monkeypatch
 def test_small_files_are_left_out_of_a_cache_that_is_in_use(tmp_path, monkeypatch):
     cache = ShardCache(str(tmp_path), 100)
     handle = bring(cache, "a", 100)
+    monkeypatch.setattr(shard_cache.time, "monotonic", lambda: 1000.0)
     looks, look = [], cache._entries
     monkeypatch.setattr(cache, "_entries", lambda: looks.append(1) or look())
     for number in range(50):
@@ -209,11 +211,11 @@ def test_eviction_where_exclusive_locks_need_a_file_open_for_writing(tmp_path, m
 
 
 WORKER = """
-import os, random, sys, time
+import os, random, sys
 from mmd2v.data.shard_cache import NoRoom, ShardCache
 cache, chance = ShardCache(sys.argv[1], 1000), random.Random(int(sys.argv[2]))
-end = time.monotonic() + float(sys.argv[3])
-while time.monotonic() < end:
+print("begun", flush=True)
+while not os.path.exists(sys.argv[3]):
     name = chance.choice("abcdefghij")
     size = 100 + 10 * ord(name)  % 100
     handle = cache.open(name)
@@ -240,22 +242,25 @@ print("good")
 
 def test_processes_that_are_killed_do_no_harm(tmp_path):
     chance = random.Random(0)
-    cache = ShardCache(str(tmp_path), 1000)
+    folder, enough = tmp_path / "cache", tmp_path / "enough"
+    cache = ShardCache(str(folder), 1000)
 
-    def start(number, seconds):
-        arguments = [sys.executable, "-c", WORKER, str(tmp_path), str(number), str(seconds)]
+    def start(number):
+        arguments = [sys.executable, "-c", WORKER, str(folder), str(number), str(enough)]
         return subprocess.Popen(arguments, stdout=subprocess.PIPE, text=True)
 
-    survivor = start(0, 4)
-    for number in range(1, 3):
-        victim = start(number, 60)
+    survivor, *victims = map(start, range(3))
+    for process in (survivor, *victims):
+        assert process.stdout.readline() == "begun\n"
+    for victim in victims:
         for _ in range(60):
             time.sleep(0.012 + 0.01 * chance.random())
             with cache._exclusive():  # nothing is evicted while the entries are added up
                 assert cache.usage() <= cache.limit
         victim.send_signal(signal.SIGKILL)
-        victim.wait()
-    assert survivor.communicate(timeout=30)[0] == "good\n"
-    assert entries(cache)
+        victim.communicate()
+    wait_until(lambda: entries(cache))
+    enough.touch()
+    assert survivor.communicate(timeout=LONG)[0] == "good\n"
     for name in entries(cache):
-        assert (tmp_path / name).read_bytes() == name.encode() * (100 + 10 * ord(name) % 100)
+        assert (folder / name).read_bytes() == name.encode() * (100 + 10 * ord(name) % 100)

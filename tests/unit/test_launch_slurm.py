@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from waiting import LONG, wait_until
 
 from mmd2v.cli import launch
 from mmd2v.cli.main import main
@@ -200,11 +201,15 @@ def test_pipeline_is_one_job_in_its_own_folder(folder):
 
 @pytest.fixture
 def pretended(folder) -> dict[str, str]:
-    """An environment in which srun notes its arguments in ``srun.log`` and ends as $STATUS says, and so on."""
+    """An environment in which srun notes its arguments in ``srun.log`` and ends as $STATUS says, and so on.
+
+    srun ends once there is the file $UNTIL.
+    """
     programs = folder / "programs"
     programs.mkdir()
     texts = {
-        "srun": 'printf "%s\\0" "$@" >>srun.log; printf "\\n" >>srun.log; sleep "${PAUSE:-0}"; exit "${STATUS:-0}"',
+        "srun": 'printf "%s\\0" "$@" >>srun.log; printf "\\n" >>srun.log\n'
+        'until [ -z "$UNTIL" ] || [ -e "$UNTIL" ]; do sleep 0.02; done; exit "${STATUS:-0}"',
         "scontrol": 'echo "$@" >>scontrol.log; exit "${SCONTROL_STATUS:-0}"',
         "squeue": 'echo "$@" >>squeue.log; [ -z "$QUEUED" ] || echo "$QUEUED"; exit "${SQUEUE_STATUS:-0}"',
         "sbatch": 'env >sbatch.env; echo "$@" >>sbatch.log; echo "${SAID:-17}"; echo "$REFUSED" >&2; [ -z "$REFUSED" ]',
@@ -224,7 +229,7 @@ def run_script(job: Job, environ: dict[str, str], **more: str) -> subprocess.Com
         capture_output=True,
         text=True,
         check=False,
-        timeout=60,
+        timeout=LONG,
     )
 
 
@@ -293,16 +298,15 @@ def test_check_and_training_when_all_is_well(folder, pretended):
 def test_shell_waits_for_the_ranks_whatever_signal_comes(folder, pretended, sign, requeued):
     """SIGTERM to the shell means that SLURM ends the job and knows what follows; a user's scancel is such a one."""
     script = write_script(make_job(folder, check=False))
-    environ = {**pretended, "STATUS": "75", "PAUSE": "1.5"}
+    environ = {**pretended, "STATUS": "75", "UNTIL": "enough"}
     shell = subprocess.Popen(["bash", script], env=environ, cwd=folder, stdout=subprocess.PIPE, text=True)
-    deadline = time.monotonic() + 30
-    while not (folder / "srun.log").exists() and time.monotonic() < deadline:
-        time.sleep(0.02)
+    wait_until((folder / "srun.log").exists)
     for _ in range(3):
         shell.send_signal(sign)
         time.sleep(0.1)
     assert shell.poll() is None  # it outlives them
-    said = shell.communicate(timeout=30)[0]
+    (folder / "enough").touch()
+    said = shell.communicate(timeout=LONG)[0]
     assert shell.returncode == 75
     assert (folder / "scontrol.log").exists() == requeued
     assert ("queued again" in said) == requeued and ("decides what follows" in said) != requeued

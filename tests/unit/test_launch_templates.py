@@ -6,6 +6,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from waiting import LONG
 
 LAUNCH = Path(__file__).parents[2] / "launch"
 SCRIPTS = sorted([*LAUNCH.glob("*.sh"), *LAUNCH.glob("*.sbatch"), LAUNCH.parent / ".ci" / "run"])
@@ -76,7 +77,7 @@ def test_job_of_the_template_queues_itself_again(tmp_path, status, requeued):
     environ = _pretend(tmp_path, srun=f'printf "%s\\n" "$@" >ran; exit {status}', scontrol='echo "$@" >>requeued')
     environ |= {"SLURM_JOB_ID": "7", "SLURM_CPUS_PER_TASK": "3"}
     command = ["bash", LAUNCH / "srun.sbatch", "a b.yaml", "--name", "$HOME"]
-    done = subprocess.run(command, env=environ, cwd=tmp_path, check=False, timeout=60)
+    done = subprocess.run(command, env=environ, cwd=tmp_path, check=False, timeout=LONG)
     assert done.returncode == status
     assert (tmp_path / "ran").read_text().splitlines()[2:] == [
         *["--cpus-per-task=3", "python", "-m", "mmd2v", "train", "a b.yaml", "--name", "$HOME", "--resume", "auto"]

@@ -4,14 +4,15 @@ import errno
 import io
 import json
 import os
-import time
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from mmd2v.distributed.environment import World
 from mmd2v.errors import UserError
+from mmd2v.train import metrics
 from mmd2v.train.metrics import (
     LossMeter,
     Reporter,
@@ -108,16 +109,17 @@ def test_reporter_goes_back(tmp_path):
     assert [(event.step, event.value) for event in events.Scalars("loss")] == [(1, 1.0), (2, 7.0)]
 
 
-def test_stopwatch_leaves_pauses_out():
+def test_stopwatch_leaves_pauses_out(monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr(metrics, "time", SimpleNamespace(perf_counter=lambda: now[0]))
     watch = Stopwatch()
-    time.sleep(0.02)
-    watch.waited(0.01)
-    assert watch.working >= 0.02
-    before = watch.working
-    watch.paused(0.015)
-    assert watch.working < before
+    now[0] += 2.0
+    watch.waited(0.5)
+    assert watch.working == 2.0 and watch.waiting == 0.5
+    watch.paused(1.5)
+    assert watch.working == 0.5
     watch.reset()
-    assert watch.waiting == 0
+    assert watch.waiting == watch.working == 0.0
 
 
 def test_reporter_writes_file_and_lines(tmp_path, capsys):

@@ -160,9 +160,9 @@ def test_a_model_that_knows_nothing_scores_at_chance_on_the_real_captions(
     shared, tmp_path, file, images, captions, name
 ):
     path = shared / "karpathy" / file
-    started = time.monotonic()
+    started = time.process_time()  # which a busy machine does not stretch
     found = measure(path, ByIds(), HowMeasured(device="cpu", batch_size=1000))
-    assert time.monotonic() - started < 240
+    assert time.process_time() - started < 240
     m = found.metrics
     assert (m["images"], m["captions"], found.public_set) == (images, captions, name)
     for key in RECALLS:

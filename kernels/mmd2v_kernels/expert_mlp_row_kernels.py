@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 
 from mmd2v_kernels.expert_mlp_pieces import find_piece
+from mmd2v_kernels.layer_norm_formulas import centre_rows, rows_gradient
 
 __all__ = ["branch_gradient_kernel", "norm_backward_kernel", "norm_kernel"]
 
@@ -43,9 +44,7 @@ def norm_kernel(
     is_column = column < width
     inside = is_row[:, None] & is_column[None, :]
     x = tl.load(x_ptr + source[:, None] * width + column[None, :], mask=inside, other=0.0).to(tl.float32)
-    mean = tl.sum(x, axis=1) / width
-    centred = tl.where(inside, x - mean[:, None], 0.0)
-    rstd = 1.0 / tl.sqrt(tl.sum(centred * centred, axis=1) / width + eps)
+    centred, mean, rstd = centre_rows(x, inside, width, eps)
     weight_ptr = tl.load(weights_ptr + expert).to(vector_ptr.dtype)
     bias_ptr = tl.load(weights_ptr + experts + expert).to(vector_ptr.dtype)
     weight = tl.load(weight_ptr + column, mask=is_column, other=0.0).to(tl.float32)
@@ -150,9 +149,7 @@ def norm_backward_kernel(
         dweight += dnormed * normed
         dbias += dnormed
         dnormed *= weight[None, :]
-        mean_d = tl.sum(dnormed, axis=1) / width
-        mean_dn = tl.sum(dnormed * normed, axis=1) / width
-        dx = (dnormed - mean_d[:, None] - normed * mean_dn[:, None]) * rstd
+        dx = rows_gradient(dnormed, normed, rstd, width)
         dx += tl.load(dout_ptr + there, mask=inside, other=0.0).to(tl.float32)
         tl.store(dx_ptr + there, dx, mask=inside)
     tl.store(dweight_ptr + tile * width + column, tl.sum(dweight, axis=0), mask=is_column)

@@ -11,7 +11,8 @@ from typing import Annotated, Literal
 import tyro
 from tyro.conf import Positional, arg
 
-from mmd2v.config.load import load_config, split_overrides
+from mmd2v.config.load import load_config
+from mmd2v.config.overrides import split_overrides
 from mmd2v.config.schema import SourceConfig
 from mmd2v.data.addresses import display
 from mmd2v.data.sources import FORMATS, Format

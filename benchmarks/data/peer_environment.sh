@@ -6,13 +6,8 @@
 # DIR/bin/python is then what `benchmarks/data/run.py --peer-python` wants. PYTHON (by default .venv/bin/python) lends its
 # torch and torchvision: both loaders decode with the same libraries, and it takes seconds instead of gigabytes.
 set -euo pipefail
-root=$(cd "$(dirname "$0")/../.." && pwd)
-target=${1:?usage: peer_environment.sh DIR [PYTHON]}
-python=${2:-$root/.venv/bin/python}
-"$python" -m venv "$target"
-purelib='import sysconfig; print(sysconfig.get_path("purelib"))'
-# Named to come last: what is installed into DIR itself is found first.
-"$python" -c "$purelib" > "$("$target/bin/python" -c "$purelib")/zz_lent.pth"
+. "$(dirname "$0")/../lent_environment.sh"
+start_environment "$@"
 # pip notes that mmd2v wants a newer webdataset: true, and why this environment exists.
 "$target/bin/python" -m pip install --quiet 'open_clip_torch[training]>=3.3,<4'
 "$target/bin/python" - <<'CHECK'

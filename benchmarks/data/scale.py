@@ -37,7 +37,8 @@ import tyro
 import mmd2v
 from mmd2v.config.schema import DataConfig
 from mmd2v.data.cursor import micro_batches
-from mmd2v.data.shards import ManifestEntry, ShardSet, write_manifest
+from mmd2v.data.manifest import ManifestEntry, write_manifest
+from mmd2v.data.shards import ShardSet
 from mmd2v.data.stream import train_order
 from mmd2v.errors import UserError
 from mmd2v.files import check_output, write_text

@@ -16,7 +16,8 @@ from pathlib import Path
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
 from webdataset import TarWriter
 
-from mmd2v.data.shards import ManifestEntry, ShardIndex, write_manifest
+from mmd2v.data.manifest import ManifestEntry, write_manifest
+from mmd2v.data.shards import ShardIndex
 from mmd2v.errors import UserError
 from mmd2v.files import write_text
 

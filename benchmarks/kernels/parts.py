@@ -3,7 +3,7 @@
     python benchmarks/kernels/parts.py --out FOLDER [--seconds 120] [--tiny]
 
 writes parts.csv and parts.txt: the rows that `mmd2v_kernels.measured` would need. What is timed is the part with what
-happens to its result, as `mmd2v_kernels.expert_mlp_triton` runs it. `--tiny` is a rehearsal in Triton's interpreter.
+happens to its result, as `mmd2v_kernels.expert_mlp_products` runs it. `--tiny` is a rehearsal in Triton's interpreter.
 """
 
 from __future__ import annotations
@@ -20,9 +20,10 @@ from pathlib import Path
 import torch
 from measuring import Row, append, machine, percentiles, relative_error, times_ms
 
-from mmd2v_kernels import expert_mlp_triton as kernels
 from mmd2v_kernels.dispatch import PARTS
-from mmd2v_kernels.expert_mlp_triton import GELU, GELU_GRADIENT, PLAIN, RESIDUAL, Tiles
+from mmd2v_kernels.expert_mlp_configurations import Tiles
+from mmd2v_kernels.expert_mlp_product_kernels import GELU, GELU_GRADIENT, PLAIN, RESIDUAL
+from mmd2v_kernels.expert_mlp_products import multiply, weight_gradient
 
 ROUNDS = 15
 PRODUCTS = [
@@ -99,12 +100,12 @@ class Operands:
         if name == "fc1":
 
             def call() -> torch.Tensor:
-                kernels._product(GELU, self.x, self.fc1, self.rows, self.out_F, tiles, biases=self.b1, h_RN=self.out_F2)
+                multiply(GELU, self.x, self.fc1, self.rows, self.out_F, tiles, biases=self.b1, h_RN=self.out_F2)
                 return self.out_F
         elif name == "fc2":
 
             def call() -> torch.Tensor:
-                kernels._product(
+                multiply(
                     RESIDUAL,
                     self.g,
                     self.fc2,
@@ -119,7 +120,7 @@ class Operands:
         elif name == "dgrad2":
 
             def call() -> torch.Tensor:
-                kernels._product(
+                multiply(
                     GELU_GRADIENT,
                     self.u,
                     self.fc2,
@@ -134,12 +135,12 @@ class Operands:
         elif name == "dgrad1":
 
             def call() -> torch.Tensor:
-                kernels._product(PLAIN, self.dh, self.fc1, self.rows, self.out_D, tiles, transposed=True)
+                multiply(PLAIN, self.dh, self.fc1, self.rows, self.out_D, tiles, transposed=True)
                 return self.out_D
         else:
 
             def call() -> torch.Tensor:
-                return kernels._weight_gradient(self.dh, self.x, self.rows, tiles)[0]
+                return weight_gradient(self.dh, self.x, self.rows, tiles)[0]
 
         return call
 

@@ -6,15 +6,9 @@
 # DIR/bin/python then runs `benchmarks/kernels/expert_mlp.py`. PYTHON (by default .venv/bin/python) lends its torch and
 # everything else: both sides run on the same libraries, in one process.
 set -euo pipefail
-root=$(cd "$(dirname "$0")/../.." && pwd)
-target=${1:?usage: peer_environment.sh DIR [PYTHON]}
-python=${2:-$root/.venv/bin/python}
-"$python" -m venv "$target"
-purelib='import sysconfig; print(sysconfig.get_path("purelib"))'
-own=$("$target/bin/python" -c "$purelib")
-# Named to come last: what is installed into DIR itself is found first. This source tree comes before both.
-"$python" -c "$purelib" > "$own/zz_lent.pth"
-printf '%s\n' "import sys; sys.path[:0] = [$(printf "'%s', '%s/kernels'" "$root" "$root")]" > "$own/aa_tree.pth"
+. "$(dirname "$0")/../lent_environment.sh"
+start_environment "$@"
+put_tree_first
 "$target/bin/python" -m pip install --quiet --no-deps 'torchscale==0.3.0'
 cd "$root/benchmarks/kernels"
 "$target/bin/python" - <<'CHECK'

@@ -60,7 +60,8 @@ import tyro
 from tyro.conf import Positional, arg
 
 import mmd2v
-from mmd2v.config.load import dump_config, load_config, split_overrides
+from mmd2v.config.load import dump_config, load_config
+from mmd2v.config.overrides import split_overrides
 from mmd2v.config.schema import Config
 from mmd2v.data.damage import Damage
 from mmd2v.data.shards import RawSample, ShardSet

@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 
 from mmd2v_kernels.configuration import NORM_ROWS, TRITON_NAMES, Configuration, norm_block
+from mmd2v_kernels.layer_norm_formulas import centre_rows, rows_gradient
 
 __all__ = ["add_layer_norm", "configurations"]
 
@@ -45,9 +46,7 @@ def _forward_kernel(
     total = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32)
     total += tl.load(branch_ptr + at, mask=inside, other=0.0).to(tl.float32)
     tl.store(sum_ptr + at, total, mask=inside)
-    mean = tl.sum(total, axis=1) / width
-    centred = tl.where(inside, total - mean[:, None], 0.0)
-    rstd = 1.0 / tl.sqrt(tl.sum(centred * centred, axis=1) / width + eps)
+    centred, mean, rstd = centre_rows(total, inside, width, eps)
     weight = tl.load(weight_ptr + column, mask=is_column, other=0.0).to(tl.float32)
     bias = tl.load(bias_ptr + column, mask=is_column, other=0.0).to(tl.float32)
     tl.store(normed_ptr + at, centred * rstd[:, None] * weight[None, :] + bias[None, :], mask=inside)
@@ -90,9 +89,7 @@ def _backward_kernel(
         dweight += dnormed * normed
         dbias += dnormed
         dnormed *= weight[None, :]
-        mean_d = tl.sum(dnormed, axis=1) / width
-        mean_dn = tl.sum(dnormed * normed, axis=1) / width
-        dx = (dnormed - mean_d[:, None] - normed * mean_dn[:, None]) * rstd
+        dx = rows_gradient(dnormed, normed, rstd, width)
         dx += tl.load(dsum_ptr + at, mask=inside, other=0.0).to(tl.float32)
         tl.store(dx_ptr + at, dx, mask=inside)
     tl.store(dweight_ptr + program * width + column, tl.sum(dweight, axis=0), mask=is_column)

@@ -19,6 +19,7 @@ import triton.language as tl
 
 from mmd2v_kernels.configuration import TRITON_NAMES, Configuration
 from mmd2v_kernels.host_lists import on_device
+from mmd2v_kernels.layer_norm_formulas import centre_rows
 
 __all__ = ["configurations", "distill_loss", "distill_target"]
 
@@ -111,10 +112,8 @@ def _target_kernel(
         total += (x - mean[None, :]) * rstd[None, :]
     total = tl.where(inside, total / layers, 0.0)
     if LAYER_NORM:
-        mean_t = tl.sum(total, axis=1) / width
-        total = tl.where(inside, total - mean_t[:, None], 0.0)
-        variance_t = tl.sum(total * total, axis=1) / width
-        total = total * (1.0 / tl.sqrt(variance_t + eps))[:, None]
+        centred, _, rstd_t = centre_rows(total, inside, width, eps)
+        total = centred * rstd_t[:, None]
     if LOSS == 0:
         tl.store(target_ptr + at, total, mask=inside)
     else:

@@ -15,7 +15,8 @@ import tyro
 from tyro.conf import Positional, arg
 
 from mmd2v.config.batch_plan import plan_batches
-from mmd2v.config.load import load_config, split_overrides
+from mmd2v.config.load import load_config
+from mmd2v.config.overrides import split_overrides
 from mmd2v.config.pipeline import is_pipeline, load_pipeline
 from mmd2v.errors import UserError, unknown_name
 from mmd2v.launch.job import Job, Resources

@@ -8,7 +8,8 @@ from typing import Annotated
 
 import tyro
 
-from mmd2v.config.load import load_config, split_overrides
+from mmd2v.config.load import load_config
+from mmd2v.config.overrides import split_overrides
 from mmd2v.config.pipeline import Stage, is_pipeline, load_pipeline
 from mmd2v.config.schema import Config
 from mmd2v.distributed.preemption import Preempted, StopSignals

@@ -10,9 +10,10 @@ from typing import Any
 
 from pydantic import Field, ValidationError
 
-from mmd2v.config.load import dump_config, expand_variables, load_config, read_yaml_file
+from mmd2v.config.load import dump_config, load_config, read_yaml_file
 from mmd2v.config.schema import Config
 from mmd2v.config.section import Section
+from mmd2v.config.variables import expand_variables
 from mmd2v.errors import UserError, nearest
 
 STAGES_KEY = "stages"

@@ -21,8 +21,8 @@ from mmd2v.config.schema import DamageConfig
 from mmd2v.data.captions import check_captions
 from mmd2v.data.damage import Damage, DamageKind
 from mmd2v.data.image_header import check_pixels
+from mmd2v.data.manifest import ManifestEntry
 from mmd2v.data.partial import PackState, PartialFolder
-from mmd2v.data.shards import ManifestEntry
 from mmd2v.data.sources import Format, Record, Source, SourceOptions, open_source
 from mmd2v.data.sources.base import stops
 from mmd2v.data.transforms import decode_image, shrink

@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from mmd2v.data.image_files import Stamp
-from mmd2v.data.shards import INDEX_SUFFIX, ManifestEntry
+from mmd2v.data.manifest import ManifestEntry
+from mmd2v.data.shards import INDEX_SUFFIX
 from mmd2v.data.writer import shard_name
 from mmd2v.errors import UserError
 from mmd2v.files import write_text

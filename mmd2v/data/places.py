@@ -5,22 +5,18 @@ from __future__ import annotations
 import json
 import threading
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 from mmd2v.config.schema import SourceConfig
 from mmd2v.data.addresses import PIPE, display, is_remote, join_address
 from mmd2v.data.fetch import ask, describe, read_if_there, retrying
+from mmd2v.data.manifest import MANIFEST_NAME, MOST_SAMPLES, ManifestEntry, is_natural, parse_manifest, read_manifest
 from mmd2v.errors import UserError, disk_message
-
-if TYPE_CHECKING:
-    from mmd2v.data.shards import ManifestEntry
 
 Result = TypeVar("Result")
 
-MANIFEST_NAME = "shards.json"
 SIZES_NAME = "sizes.json"  # of webdataset: shard name → samples
 UNKNOWN = -1
-MOST_SAMPLES = 2**40  # of one shard; sums over all shards stay far from the end of an int64
 
 
 class Places:
@@ -37,8 +33,6 @@ class Places:
             UserError: it is damaged or cannot be read.
         """
         if folder not in self._manifests:
-            from mmd2v.data.shards import parse_manifest, read_manifest
-
             if folder.startswith(PIPE):
                 self._manifests[folder] = None
             elif is_remote(folder):
@@ -57,8 +51,6 @@ class Places:
         return known
 
     def _sizes(self, folder: str) -> dict[str, ManifestEntry]:
-        from mmd2v.data.shards import ManifestEntry
-
         if folder.startswith(PIPE):
             return {}
         path = join_address(folder, SIZES_NAME)
@@ -140,11 +132,6 @@ class Places:
             cause = error.__cause__
             reason = describe(cause, self.config.timeout) if cause is not None else str(error)
             raise UserError(f"shards: {display(address)}: {otherwise}: {reason}") from None
-
-
-def is_natural(value: Any, most: int) -> bool:
-    """Whether a value of a JSON file is a whole number from 0 to ``most``."""
-    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= most
 
 
 def _natural(value: Any) -> int:

@@ -1,7 +1,7 @@
 """Data sets of WebDataset shards: which files they are, how many samples each holds, and random access to a sample.
 
 ``mmd2v data pack`` writes two small files beside the shards, so that a data set of many shards opens without reading
-them: ``shards.json`` (samples and bytes of each shard) and, a shard, its index (`mmd2v.data.shard_index`). Shards
+them: ``shards.json`` (`mmd2v.data.manifest`) and, a shard, its index (`mmd2v.data.shard_index`). Shards
 without them are scanned instead.
 
 Shapes: S shards, R samples (rows) of one shard.
@@ -9,46 +9,37 @@ Shapes: S shards, R samples (rows) of one shard.
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 import time
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from mmd2v.config.schema import SourceConfig
 from mmd2v.data.addresses import PIPE, display, expand_shards, is_remote, split_address
 from mmd2v.data.damage import Damage, DamageKind
-from mmd2v.data.places import MANIFEST_NAME, MOST_SAMPLES, SIZES_NAME, Places, is_natural
+from mmd2v.data.manifest import MANIFEST_NAME, ManifestEntry
+from mmd2v.data.places import SIZES_NAME, Places
 from mmd2v.data.remote import RemoteShards
 from mmd2v.data.shard_cache import FAILURE_KEPT
 from mmd2v.data.shard_index import IMAGE_SUFFIXES, INDEX_SUFFIX, RawSample, ShardIndex
 from mmd2v.errors import UserError
-from mmd2v.files import write_text
 from mmd2v.progress import Progress
 
 __all__ = [
     "IMAGE_SUFFIXES",
     "INDEX_SUFFIX",
-    "MANIFEST_NAME",
-    "ManifestEntry",
     "RawSample",
     "ShardIndex",
     "ShardSet",
     "expand_shards",
-    "parse_manifest",
-    "read_manifest",
-    "write_manifest",
 ]
 
-_VERSION = 1
-_MOST_BYTES = 2**60  # of one shard
 _CAPTIONS_AT_ONCE = 256  # samples whose captions are requested together
 _INDEXES_AT_ONCE = 16  # requests for indexes under way at the same time
 
@@ -427,63 +418,3 @@ def _digest(sha256: str, path: str) -> bytes:
         return bytes.fromhex(sha256)
     except ValueError:
         raise UserError(f"{display(path)}: its {MANIFEST_NAME} holds {sha256!r}, expected a SHA-256") from None
-
-
-class ManifestEntry(NamedTuple):
-    """What a manifest tells of a shard."""
-
-    samples: int
-    bytes: int
-    sha256: str | None = None
-    """In hexadecimal; None in manifests of earlier versions."""
-
-
-def read_manifest(folder: str) -> dict[str, ManifestEntry]:
-    """Read a folder's ``shards.json``: shard name → what it tells; empty when there is none."""
-    path = os.path.join(folder, MANIFEST_NAME)
-    if not os.path.exists(path):
-        return {}
-    try:
-        with open(path, "rb") as handle:
-            data = handle.read()
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
-    return parse_manifest(data, path)
-
-
-def parse_manifest(data: bytes, path: str) -> dict[str, ManifestEntry]:
-    """As `read_manifest`, of what the file at ``path`` holds."""
-    try:
-        record = json.loads(data)
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: cannot be read: {error}") from None
-    if not isinstance(record, dict) or record.get("version") != _VERSION:
-        raise UserError(f"{path}: found another format, expected a JSON object with version {_VERSION}")
-    shards = record.get("shards")
-    if not isinstance(shards, dict):
-        raise UserError(f"{path}: not a shard manifest of this version; delete it to scan the shards")
-    for name, entry in shards.items():
-        if name in ("", ".") or "/" in name or "\\" in name or ".." in name:  # the first two name the folder itself
-            raise UserError(f"{path}: found the shard name {name!r}, expected the name of a file beside it")
-        if not _is_manifest_entry(entry):
-            raise UserError(
-                f"{path}: shard {name!r}: found {json.dumps(entry)[:200]}, expected [samples, bytes, SHA-256], the "
-                "first two natural numbers; not a shard manifest of this version; delete it to scan the shards"
-            )
-    return {name: ManifestEntry(*entry) for name, entry in shards.items()}
-
-
-def _is_manifest_entry(entry: Any) -> bool:
-    if not isinstance(entry, list) or not 2 <= len(entry) <= 3:
-        return False
-    samples, size, *rest = entry
-    return (
-        is_natural(samples, MOST_SAMPLES) and is_natural(size, _MOST_BYTES) and isinstance((*rest, "")[0], str | None)
-    )
-
-
-def write_manifest(folder: str | Path, shards: Mapping[str, ManifestEntry]) -> None:
-    """Write a folder's ``shards.json`` from shard name → what it tells: ``[samples, bytes, sha256]`` each."""
-    entries = {name: list(entry) for name, entry in sorted(shards.items())}
-    record = {"version": _VERSION, "samples": sum(entry.samples for entry in shards.values()), "shards": entries}
-    write_text(Path(folder) / MANIFEST_NAME, json.dumps(record) + "\n")

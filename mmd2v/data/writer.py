@@ -14,7 +14,8 @@ from urllib.parse import quote
 
 from webdataset import TarWriter
 
-from mmd2v.data.shards import ManifestEntry, ShardIndex, write_manifest
+from mmd2v.data.manifest import ManifestEntry, write_manifest
+from mmd2v.data.shards import ShardIndex
 
 _WRITE_BYTES = 1 << 20  # written at once
 

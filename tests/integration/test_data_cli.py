@@ -9,7 +9,8 @@ import pytest
 import torch
 from small import small_config
 
-from mmd2v.cli.data import _title, main
+from mmd2v.cli.data import main
+from mmd2v.cli.data.common import title
 from mmd2v.config.load import dump_config
 from mmd2v.config.schema import DataConfig
 from mmd2v.data.stream import train_loader
@@ -136,5 +137,4 @@ def test_how_addresses_are_fetched_comes_from_a_config(tmp_path, capsys):
 
 
 def test_titles_have_no_secrets():
-    title = _title(["https://user:word@host/set/a.tar?key=abc", "b"])
-    assert title == "set/a.tar?… and 1 more"
+    assert title(["https://user:word@host/set/a.tar?key=abc", "b"]) == "set/a.tar?… and 1 more"

@@ -10,9 +10,9 @@ import pytest
 from data_samples import captions_of, encoded, leftovers, write_images, write_json
 from waiting import LONG, wait_until
 
+from mmd2v.data.manifest import read_manifest
 from mmd2v.data.packing import pack
 from mmd2v.data.partial import PartialFolder
-from mmd2v.data.shards import read_manifest
 from mmd2v.errors import UserError
 
 SIZE = 5  # samples a shard

@@ -202,10 +202,11 @@ def check_expert_mlp(
 def small_tiles() -> Iterator[None]:
     """In the interpreter, pieces so small that tiny shapes have several; on a GPU those that are shipped."""
     from mmd2v_kernels import expert_mlp_triton
+    from mmd2v_kernels.expert_mlp_configurations import Tiles
 
     shipped = expert_mlp_triton.TILES
     if INTERPRETED:
-        expert_mlp_triton.TILES = expert_mlp_triton.Tiles(
+        expert_mlp_triton.TILES = Tiles(
             rows=32,
             columns=32,
             gelu_columns=16,

@@ -7,7 +7,8 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mmd2v.config.load import dump_config, load_config, split_overrides
+from mmd2v.config.load import dump_config, load_config
+from mmd2v.config.overrides import split_overrides
 from mmd2v.config.schema import Config
 from mmd2v.errors import UserError
 

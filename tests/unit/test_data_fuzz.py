@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from mmd2v.data.captions import meta_captions, parse_meta, text_captions
 from mmd2v.data.damage import Damage
 from mmd2v.data.image_header import image_size
-from mmd2v.data.shards import MANIFEST_NAME, RawSample, ShardSet
+from mmd2v.data.manifest import MANIFEST_NAME
+from mmd2v.data.shards import RawSample, ShardSet
 from mmd2v.data.sources import SourceOptions, open_source
 from mmd2v.data.transforms import decode_image
 from mmd2v.errors import UserError

@@ -164,7 +164,8 @@ def _without_shared_memory_collectives() -> None:
     """Keep DeepSpeed from compiling its own CPU all-reduce, minutes of C++ at a first start; gloo has one."""
     import deepspeed
 
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    # Written without being read: the first look makes DeepSpeed compile probes for all of its operators.
+    vars(deepspeed.ops).setdefault("__compatible_ops__", {})["deepspeed_shm_comm"] = False
 
 
 def _import_muon_uncompiled() -> None:

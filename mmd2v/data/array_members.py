@@ -8,12 +8,15 @@ from __future__ import annotations
 import io
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 
 from mmd2v.config.schema import ArrayConfig
 from mmd2v.data.damage import Damage, DamageKind
+
+if TYPE_CHECKING:
+    import torch
 
 _SUFFIX = "npy"
 
@@ -116,6 +119,8 @@ def parse_array(data: memoryview, config: ArrayConfig, where: str) -> torch.Tens
         values = np.frombuffer(data, dtype, offset=start).reshape(config.shape, order=order).astype(np.float32, "C")
     if not np.isfinite(values).all():
         raise Damage(DamageKind.BAD_ARRAY, f"{where}: its .{config.key} holds a number that is not finite in float32")
+    import torch  # slow to import, and the index of shards, which every command of data reads, needs none
+
     return torch.from_numpy(values)
 
 

@@ -14,9 +14,9 @@ import numpy as np
 
 from mmd2v.data.addresses import display, is_remote
 from mmd2v.data.draws import words
-from mmd2v.data.image_header import check_pixels
+from mmd2v.data.image_header import MAX_PIXELS, check_pixels
 from mmd2v.data.manifest import MANIFEST_NAME, ManifestEntry, read_manifest
-from mmd2v.data.packing import MAX_PIXELS, ordered_map
+from mmd2v.data.packing import ordered_map
 from mmd2v.data.shards import INDEX_SUFFIX, ShardIndex, expand_shards
 from mmd2v.data.transforms import decode_image
 from mmd2v.errors import UserError

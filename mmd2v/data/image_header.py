@@ -10,7 +10,11 @@ import struct
 from collections.abc import Iterator
 from typing import Literal
 
+from mmd2v.config.schema import DamageConfig
 from mmd2v.data.damage import Damage, DamageKind
+
+MAX_PIXELS: int = DamageConfig.model_fields["max_pixels"].default
+"""Larger images count as damaged unless a config or a flag says otherwise."""
 
 _PNG_START = b"\x89PNG\r\n\x1a\n"
 _JPEG_START = b"\xff\xd8"

@@ -1,4 +1,8 @@
-"""A source of captioned images or of text → a folder of shards, written whole or not at all, resumable."""
+"""A source of captioned images or of text → a folder of shards, written whole or not at all, resumable.
+
+torchvision is imported where images are decoded or encoded: it is slow to import, and whoever writes finished JPEGs or
+text, as `mmd2v.data.generate` does, needs none of it.
+"""
 
 from __future__ import annotations
 
@@ -13,19 +17,15 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import torch
-import torchvision
-from torchvision.io import encode_jpeg
 
 from mmd2v import __version__
-from mmd2v.config.schema import DamageConfig
 from mmd2v.data.captions import check_captions
 from mmd2v.data.damage import Damage, DamageKind
-from mmd2v.data.image_header import check_pixels
+from mmd2v.data.image_header import MAX_PIXELS, check_pixels
 from mmd2v.data.manifest import ManifestEntry
 from mmd2v.data.partial import PackState, PartialFolder
 from mmd2v.data.sources import Format, Record, Source, SourceOptions, open_source
 from mmd2v.data.sources.base import stops
-from mmd2v.data.transforms import decode_image, shrink
 from mmd2v.data.writer import ShardFolder
 from mmd2v.errors import UserError, disk_message
 from mmd2v.files import atomic_path
@@ -34,7 +34,6 @@ from mmd2v.progress import Progress
 logger = logging.getLogger(__name__)
 
 JPEG_QUALITY = 95  # of images that must be encoded again: resized ones, and those that were no JPEG
-MAX_PIXELS: int = DamageConfig.model_fields["max_pixels"].default
 _JPEG_START = b"\xff\xd8"
 
 Item = TypeVar("Item")
@@ -129,6 +128,8 @@ def pack(
         UserError: anything wrong with the input; nothing is left behind then. Or the disk refuses; the finished
             shards are kept then.
     """
+    import torchvision
+
     bounds = {"--shard-size": shard_size, "--resize": resize, "--max-captions": max_captions, "--limit": limit}
     for flag, value in {**bounds, "--passage-words": passage_words, "--max-pixels": max_pixels}.items():
         if value is not None and value < 1:
@@ -305,11 +306,15 @@ def check_new_folder(out: str | Path) -> None:
 
 def encode(image: torch.Tensor) -> bytes:
     """Encode uint8 [3, H, W] as JPEG."""
+    from torchvision.io import encode_jpeg
+
     return encode_jpeg(image.contiguous(), quality=JPEG_QUALITY).numpy().tobytes()
 
 
 def _as_jpeg(data: bytes, encoding: Encoding, where: str) -> tuple[bytes, int, int]:
     """Return (JPEG bytes, height, width); a JPEG that keeps its size is not encoded again."""
+    from mmd2v.data.transforms import decode_image, shrink
+
     check_pixels(data, encoding.max_pixels, where, "--max-pixels")
     image = decode_image(data, where)
     smaller = image if encoding.resize is None else shrink(image, encoding.resize)

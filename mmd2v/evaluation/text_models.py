@@ -11,7 +11,6 @@ from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
-from transformers import AutoTokenizer
 
 from mmd2v.errors import UserError, unknown_name
 from mmd2v.evaluation.models import TEXT_ALONE
@@ -53,6 +52,8 @@ class HFTextModel:
         Raises:
             UserError: no encoder of texts, no tokenizer, or fewer blocks.
         """
+        from transformers import AutoTokenizer  # slow to import, and every measured model has this class's module
+
         where = f"{KIND}:{source}"
         self.device = resolve_device(device)
         self.precision = precision

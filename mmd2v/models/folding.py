@@ -6,7 +6,6 @@ import copy
 import logging
 
 import torch
-from timm.layers import BatchNormAct2d
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
@@ -51,6 +50,11 @@ def _randomized(model: nn.Module) -> nn.Module:
 
 def _fold(module: nn.Module) -> nn.Module:
     """Fold in place, children in order of registration."""
+    from timm.layers import BatchNormAct2d  # slow to import: by whoever folds one of its models
+    from timm.layers.conv2d_same import Conv2dSame
+
+    # These use the weight as it is; a weight-standardising convolution cannot take a norm in.
+    plain = (nn.Conv2d.forward, Conv2dSame.forward)
     before: tuple[str, nn.Conv2d] | None = None
     for name, child in list(module.named_children()):
         if isinstance(child, nn.BatchNorm2d) and before is not None and _fits(before[1], child):
@@ -59,7 +63,7 @@ def _fold(module: nn.Module) -> nn.Module:
             rest = nn.Sequential(child.drop, child.act) if isinstance(child, BatchNormAct2d) else nn.Identity()
             setattr(module, name, rest)
             before = None
-        elif type(child).forward in _PLAIN_CONVOLUTIONS:
+        elif type(child).forward in plain:
             before = (name, child)
         else:
             before = None
@@ -69,13 +73,3 @@ def _fold(module: nn.Module) -> nn.Module:
 
 def _fits(convolution: nn.Conv2d, norm: nn.BatchNorm2d) -> bool:
     return convolution.out_channels == norm.num_features and norm.track_running_stats and norm.affine
-
-
-def _plain_convolutions() -> set:
-    from timm.layers.conv2d_same import Conv2dSame
-
-    return {nn.Conv2d.forward, Conv2dSame.forward}
-
-
-_PLAIN_CONVOLUTIONS = _plain_convolutions()
-"""Forward functions that use the weight as it is; a weight-standardising convolution cannot take a norm in."""

@@ -1,15 +1,16 @@
-"""Reading Hugging Face encoders: configuration, modules, blocks in our layout."""
+"""Reading Hugging Face encoders: configuration, modules, blocks in our layout.
+
+transformers is imported where a model is asked for: it is slow to import, and most runs and exports name none of its
+models.
+"""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 import torch
-import transformers
 from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoConfig, AutoModel
-from transformers.image_processing_base import ImageProcessingMixin
 
 from mmd2v.errors import UserError
 
@@ -20,6 +21,9 @@ def load_model(name: str, *, pretrained: bool, where: str) -> nn.Module:
     Raises UserError, beginning with ``where``, when there is none or its weights are not safetensors: a pickle
     could run code.
     """
+    import transformers
+    from transformers import AutoConfig, AutoModel
+
     # Its bars would drown the run's own lines, once a rank and source.
     transformers.utils.logging.disable_progress_bar()
     try:
@@ -41,6 +45,8 @@ def published_mean_std(name: str, where: str) -> tuple[tuple[float, ...], tuple[
 
     Raises UserError, beginning with ``where``, when it publishes none.
     """
+    from transformers.image_processing_base import ImageProcessingMixin
+
     try:
         processor, _ = ImageProcessingMixin.get_image_processor_dict(name)
         return tuple(processor["image_mean"]), tuple(processor["image_std"])

@@ -1,4 +1,7 @@
-"""timm image models: building one from a name, keyword arguments and weights, and reading its features."""
+"""timm image models: building one from a name, keyword arguments and weights, and reading its features.
+
+timm is imported where a model is asked for: it is slow to import, and many runs and exports name none of its models.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,6 @@ import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import timm
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -44,6 +46,8 @@ def create_backbone(
     The classifier is removed after loading; the batch norms of a ``frozen`` model are folded. Raises UserError that
     begins with ``where`` for an unknown name, a missing or damaged file or weights of another architecture.
     """
+    import timm
+
     if name not in timm.list_models():
         raise unknown_name(where, name, timm.list_models())
     try:
@@ -96,12 +100,16 @@ def load_exactly(model: nn.Module, state: dict[str, torch.Tensor], complaint: st
 
 def published_normalization(model: nn.Module) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Return the channel means and deviations timm publishes for the model."""
+    import timm
+
     config = timm.data.resolve_model_data_config(model)
     return tuple(config["mean"]), tuple(config["std"])
 
 
 def published_size(model: nn.Module, kwargs: dict[str, Any]) -> int:
     """Return the side of the square input, in pixels: ``img_size`` of the arguments, else what timm publishes."""
+    import timm
+
     size = kwargs.get("img_size", timm.data.resolve_model_data_config(model)["input_size"][-1])
     return size if isinstance(size, int) else size[-1]
 

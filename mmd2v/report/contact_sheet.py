@@ -15,8 +15,7 @@ from pathlib import Path
 from PIL import Image, ImageDraw
 
 from mmd2v.data.damage import Damage
-from mmd2v.data.image_header import check_pixels
-from mmd2v.data.packing import MAX_PIXELS
+from mmd2v.data.image_header import MAX_PIXELS, check_pixels
 from mmd2v.data.pillow import upright_rgb
 from mmd2v.data.shards import ShardSet
 from mmd2v.files import atomic_path

@@ -8,15 +8,17 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
 from PIL import Image, ImageDraw, ImageOps
 
 from mmd2v.data.pillow import upright_rgb
 from mmd2v.errors import UserError, nearest
 from mmd2v.files import atomic_path, check_output
 from mmd2v.report.lettering import font, wrap
-from mmd2v_kernels import cosine_topk
+
+if TYPE_CHECKING:
+    import torch
 
 _SCALE = 2
 _TILE = 132
@@ -67,6 +69,8 @@ def retrieval_rows(
 
     ``open_image`` turns an image's row into its picture; only the images shown are opened.
     """
+    from mmd2v_kernels import cosine_topk  # which imports torch: other pictures are drawn without
+
     scores, index = cosine_topk(text_embeddings_QE, image_embeddings_ME, min(k, len(image_embeddings_ME)))
     return [
         PictureRow(text, [Found(open_image(i), s, i == own) for s, i in zip(row_scores, row, strict=True)])

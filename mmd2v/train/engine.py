@@ -7,6 +7,7 @@ decided in `mmd2v.distributed.environment`.
 from __future__ import annotations
 
 import contextlib
+import importlib
 import logging
 import math
 import os
@@ -127,6 +128,7 @@ def build_engine(config: Config, world: World, module: TrainModule) -> Engine:
     with quiet():
         import deepspeed
 
+        _import_muon_uncompiled()
         engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=options)
     _cast_statistics(module)
     skips = config.stability.non_finite == "skip"
@@ -164,7 +166,26 @@ def _without_shared_memory_collectives() -> None:
     """Keep DeepSpeed from compiling its own CPU all-reduce, minutes of C++ at a first start; gloo has one."""
     import deepspeed
 
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    # Written without being read: the first look makes DeepSpeed compile probes for all of its operators.
+    vars(deepspeed.ops).setdefault("__compatible_ops__", {})["deepspeed_shm_comm"] = False
+
+
+def _import_muon_uncompiled() -> None:
+    """Keep DeepSpeed from loading torch's compiler, seconds of every rank's start, for an optimiser that is not there.
+
+    To ask whether an optimiser is its Muon, it imports Muon's module, whose functions are handed to torch.compile as
+    they are defined. No optimiser here is one, so that in this process they may stay as they are.
+    """
+    from deepspeed.runtime import compiler
+
+    compile_now = compiler.compile
+    compiler.compile = lambda: lambda function: function
+    try:
+        # Where another version has no such module, it does not import it either.
+        with contextlib.suppress(ImportError):
+            importlib.import_module("deepspeed.runtime.zero.muon.muon_optimizer")
+    finally:
+        compiler.compile = compile_now
 
 
 def _cast_statistics(module: nn.Module) -> None:

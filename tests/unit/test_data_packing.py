@@ -254,7 +254,7 @@ def test_bombs_are_refused_before_they_are_decoded(tmp_path, monkeypatch):
         assert data != bomb(12_000)
         return decode_image(data, where)
 
-    monkeypatch.setattr("mmd2v.data.packing.decode_image", careful)
+    monkeypatch.setattr("mmd2v.data.transforms.decode_image", careful)
     message = error(source, tmp_path, images=images, workers=1)
     assert "image 2.jpg: found an image of 12,000 × 12,000 pixels, expected at most 100,000,000 pixels" in message
     monkeypatch.undo()

@@ -169,10 +169,9 @@ def test_batch_norms_that_are_trained_refuse_it():
 
 
 def test_teachers_of_a_library_give_the_form_of_their_targets(tmp_path):
+    import timm
     from safetensors.torch import save_file
     from transformers import BertConfig, BertModel
-
-    from mmd2v.models.timm_backbone import timm
 
     save_file(timm.create_model("test_resnet").state_dict(), tmp_path / "resnet.safetensors")
     sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}

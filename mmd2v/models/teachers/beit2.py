@@ -6,10 +6,7 @@ Shapes: B images, T tokens (the CLS and the patches), D width.
 from __future__ import annotations
 
 from functools import partial
-
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.layers import LayerNorm
-from timm.models.beit import Beit
+from typing import TYPE_CHECKING
 
 from mmd2v.config.schema import TeacherConfig
 from mmd2v.data.batch import Batch
@@ -19,12 +16,17 @@ from mmd2v.models.images import Normalize
 from mmd2v.models.teachers.base import Targets, Teacher
 from mmd2v.models.timm_backbone import load_exactly
 
+if TYPE_CHECKING:
+    from timm.models.beit import Beit
+
 
 class BEiT2Teacher(Teacher):
     """``beit2:FOLDER``; CLS and tokens are those after the final norm."""
 
     def __init__(self, folder: str, config: TeacherConfig, where: str) -> None:
         super().__init__(config)
+        from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD  # slow to import: here, where it is used
+
         if config.modality != "image":
             raise UserError(f"{where}: 'beit2' sees images; set modality: image, found {config.modality}")
         if config.kwargs:
@@ -46,6 +48,9 @@ class BEiT2Teacher(Teacher):
 
 def beit_of(architecture: Architecture) -> Beit:
     """Return BEiT-2's graph with random weights."""
+    from timm.layers import LayerNorm
+    from timm.models.beit import Beit
+
     return Beit(
         img_size=architecture.image_size,
         patch_size=architecture.patch_size,

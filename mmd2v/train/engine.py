@@ -176,16 +176,21 @@ def _import_muon_uncompiled() -> None:
     To ask whether an optimiser is its Muon, it imports Muon's module, whose functions are handed to torch.compile as
     they are defined. No optimiser here is one, so that in this process they may stay as they are.
     """
-    from deepspeed.runtime import compiler
+    # Where another version has no such modules, it does not import them either.
+    with contextlib.suppress(ImportError):
+        from deepspeed.runtime import compiler
 
-    compile_now = compiler.compile
-    compiler.compile = lambda: lambda function: function
-    try:
-        # Where another version has no such module, it does not import it either.
-        with contextlib.suppress(ImportError):
+        compile_now = compiler.compile
+        compiler.compile = _uncompiled
+        try:
             importlib.import_module("deepspeed.runtime.zero.muon.muon_optimizer")
-    finally:
-        compiler.compile = compile_now
+        finally:
+            compiler.compile = compile_now
+
+
+def _uncompiled(*arguments: Any, **options: Any) -> Any:
+    """Stand for torch.compile as a decorator, with options or without."""
+    return arguments[0] if arguments and callable(arguments[0]) else lambda function: function
 
 
 def _cast_statistics(module: nn.Module) -> None:

@@ -1,5 +1,6 @@
 """A plugin for commands under test: after ``HOLD_AFTER`` steps, or files of stored outputs, of this process it waits
-until a signal asks it to stop, or ends it. So a test that means to interrupt meets it at work, however late it looks.
+until a signal asks it to stop, or ends it, or whoever started it is gone. So a test that means to interrupt meets it at
+work, however late it looks.
 """
 
 import os
@@ -11,13 +12,15 @@ from mmd2v.train.loop import Run
 
 AFTER = int(os.environ["HOLD_AFTER"])
 _train_step, _write = Run._train_step, ShardWriter.write
-_done = 0
+_done, _parent = 0, os.getppid()
 
 
 def _hold(asked: Callable[[], object]) -> None:
     global _done
     _done += 1
     while _done == AFTER and not asked():
+        if os.getppid() != _parent:
+            os._exit(1)
         time.sleep(0.01)
 
 

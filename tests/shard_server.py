@@ -10,7 +10,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
-_LONG = 600.0  # seconds, for what hangs: longer than any test waits
+from waiting import LONG
 
 
 class ShardServer:
@@ -122,7 +122,7 @@ class ShardServer:
             request.wfile.write(data[: len(data) // 2])
             request.wfile.flush()
             if fault == "stall":
-                self.stopped.wait(_LONG)
+                self.stopped.wait(LONG)
             request.close_connection = True
         elif fault == "slow":
             piece = -(-len(data) // 20)

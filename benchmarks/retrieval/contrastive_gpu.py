@@ -159,11 +159,12 @@ def main() -> int:
             break
         rows = measure(batch, width, ranks, device, speed, ours)
         done += rows
-        lines += proposals(rows, device)
+        if ranks == 1:  # `measured` knows the rows alone, and one rank's are those of all
+            lines += proposals(rows, device)
         write(options.out / "contrastive.csv", done)
+        write_lines(options.out / "contrastive_measured.txt", lines)
         if device.type == "cuda":
             torch.cuda.empty_cache()
-    write_lines(options.out / "contrastive_measured.txt", lines)
     draw(options.out / "contrastive.svg", done)
     return 0
 

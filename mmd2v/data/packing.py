@@ -1,7 +1,7 @@
 """A source of captioned images or of text → a folder of shards, written whole or not at all, resumable.
 
-torchvision is imported where images are decoded or encoded: it is slow to import, and whoever writes finished JPEGs or
-text, as `mmd2v.data.generate` does, needs none of it.
+torchvision is imported where images are decoded or encoded: it is slow to import, and whoever writes finished JPEGs, as
+`mmd2v.data.generate` does, needs none of it.
 """
 
 from __future__ import annotations

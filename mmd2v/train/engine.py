@@ -177,7 +177,7 @@ def _import_muon_uncompiled() -> None:
     they are defined. No optimiser here is one, so that in this process they may stay as they are.
     """
     # Where another version has no such modules, it does not import them either.
-    with contextlib.suppress(ImportError):
+    with contextlib.suppress(ImportError, AttributeError):
         from deepspeed.runtime import compiler
 
         compile_now = compiler.compile

@@ -38,13 +38,16 @@ def run_distributed_test(
         process.start()
         theirs.close()
         ranks.append((process, ours))
-    outcomes = _collect(ranks, time.monotonic() + timeout)
-    for process, connection in ranks:
-        process.join(10 if all(outcome and outcome[0] for outcome in outcomes) else 0)
-        if process.is_alive():
-            process.kill()
-            process.join()
-        connection.close()
+    outcomes: list[tuple[bool, Any] | None] = []
+    try:
+        outcomes = _collect(ranks, time.monotonic() + timeout)
+    finally:
+        for process, connection in ranks:
+            process.join(10 if outcomes and all(outcome and outcome[0] for outcome in outcomes) else 0)
+            if process.is_alive():
+                process.kill()
+                process.join()
+            connection.close()
     failures = []
     for rank, ((process, _), outcome) in enumerate(zip(ranks, outcomes, strict=True)):
         if outcome is None:

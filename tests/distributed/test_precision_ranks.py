@@ -89,7 +89,7 @@ def _moved(data: Path, folder: Path) -> dict[str, dict]:
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory) -> list[dict[str, dict]]:
     data = make_data(tmp_path_factory.mktemp("data"))
-    return run_distributed_test(_moved, 2, args=(data, tmp_path_factory.mktemp("runs")), timeout=300)
+    return run_distributed_test(_moved, 2, args=(data, tmp_path_factory.mktemp("runs")))
 
 
 def _same(ranks: list[dict[str, dict]], name: str) -> dict:

@@ -122,5 +122,5 @@ def _train(data: Path, folder: Path, kind: str) -> list[list[float]]:
 @pytest.mark.parametrize("kind", ["contrastive", "siglip"])
 def test_training_takes_the_same_steps(kind, tmp_path):
     data = make_data(tmp_path / "data")
-    (gathered, ring), _ = run_distributed_test(_train, 2, args=(data, tmp_path, kind), timeout=500)
-    assert len(gathered) == 3 and ring == pytest.approx(gathered, rel=1e-4)
+    (gathered, ring), _ = run_distributed_test(_train, 2, args=(data, tmp_path, kind))
+    assert len(gathered) == 3 and ring == pytest.approx(gathered, rel=1e-4)  # Adam makes much of a gradient's last bits

@@ -291,11 +291,17 @@ def test_a_job_that_is_suspended_as_a_whole_goes_on(start):
     job.until_ready()
     for process in job.processes:
         os.kill(process.pid, signal.SIGSTOP)
+    before = [job.told(rank).count("READY") for rank in (0, 1)]
     job.hurry.write_text("10")
     time.sleep(13)
     for process in job.processes:
         os.kill(process.pid, signal.SIGCONT)
-    time.sleep(1)
+    # So many steps take two seconds, in which who watches has looked.
+    wait_until(
+        lambda: all(
+            job.told(rank).count("READY") > before[rank] + 20 or not job.processes[rank].is_alive() for rank in (0, 1)
+        )
+    )
     job.hurry.unlink()
     _enough(job.outputs[0]).touch()
     assert [job.status(rank) for rank in (0, 1)] == [0, 0], [job.told(0), job.told(1)]

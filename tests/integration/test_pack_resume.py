@@ -17,20 +17,18 @@ from mmd2v.errors import UserError
 
 SIZE = 5  # samples a shard
 
-# Packs as the command does, slowly; with some shards finished it waits to be killed, however late that is.
-SLOW = """
-import sys, time
-from pathlib import Path
-from mmd2v.data import packing
+# Packs as the command does; with so many shards finished its main thread waits to be killed, however late that is.
+HELD = """
+import os, sys, time
 from mmd2v.cli.main import main
-original = packing._as_jpeg
-def slow(*arguments):
-    time.sleep(0.03)
-    while len(list(Path(sys.argv[1]).glob("shards/*.tar.idx"))) >= int(sys.argv[2]):
+from mmd2v.data.partial import PartialFolder
+original, parent = PartialFolder.finished, os.getppid()
+def finished(self, *arguments):
+    original(self, *arguments)
+    while len(self.written) >= int(sys.argv[1]) and os.getppid() == parent:
         time.sleep(0.01)
-    return original(*arguments)
-packing._as_jpeg = slow
-sys.exit(main(sys.argv[3:]))
+PartialFolder.finished = finished
+sys.exit(main(sys.argv[2:]))
 """
 
 
@@ -54,16 +52,19 @@ def shards_of(folder):
 def interrupt(source, out, number, at_least, *more):
     """Start packing, send a signal once some shards are finished; the exit status."""
     partial = out.with_name(out.name + ".partial")
-    slow = [sys.executable, "-c", SLOW, str(partial), str(at_least + 2)]
-    process = subprocess.Popen([*slow, *command(source, out, *more)], stderr=subprocess.PIPE, text=True)
+    held = [sys.executable, "-c", HELD, str(at_least)]
+    process = subprocess.Popen([*held, *command(source, out, *more)], stderr=subprocess.PIPE, text=True)
 
     def is_there():
         assert process.poll() is None, process.stderr.read()
         return len(shards_of(partial)) >= at_least
 
-    wait_until(is_there)
-    os.kill(process.pid, number)
-    said = process.communicate(timeout=LONG)[1]
+    try:
+        wait_until(is_there)
+        os.kill(process.pid, number)
+        said = process.communicate(timeout=LONG)[1]
+    finally:
+        process.kill()
     return process.returncode, said
 
 

@@ -272,7 +272,17 @@ OPERATORS = {
 }
 """Custom operator → arguments to check it with."""
 
-SLOW_IN_THE_INTERPRETER = ("several_chunks", "ranks", "weighted", "smoothing", "repeated", "without_gradient", "hidden")
+SLOW_IN_THE_INTERPRETER = (
+    "several_chunks",
+    "ring_several_chunks",
+    "ring_siglip_several_chunks",
+    "ranks",
+    "weighted",
+    "smoothing",
+    "repeated",
+    "without_gradient",
+    "hidden",
+)
 """Run there in fp32 alone."""
 
 
@@ -295,6 +305,8 @@ def all_checks(compare: Compare, interpreted: bool) -> dict[str, Check]:
         "contrastive/ring_weighted": check_ring(compare, 40, 50, weighted=True, smoothing=0.1),
         "contrastive/ring_siglip": check_ring(compare, 33, 31, sigmoid=True),
         "contrastive/ring_siglip_weighted": check_ring(compare, 20, 40, weighted=True, sigmoid=True),
+        "contrastive/ring_several_chunks": check_ring(compare, 150, 30, weighted=True),
+        "contrastive/ring_siglip_several_chunks": check_ring(compare, 150, 30, sigmoid=True),
         "contrastive/nan": check_nan,
         "contrastive/hidden": check_hidden,
         "contrastive/repeated": check_repeated,

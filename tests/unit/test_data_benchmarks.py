@@ -126,7 +126,7 @@ def test_loader_rate_throws_away_what_was_made_before(module):
 
     rate = module("child").LoaderRate(batches, lambda batch: 64, queued=4)
     samples, seconds, processor = rate(0.05)
-    assert samples == 64 * (len(seen) - 6) and 0.05 <= seconds < LONG and processor >= 0
+    assert samples == 64 * (len(seen) - 6) and seconds >= 0.05 and processor >= 0
 
 
 def test_child_answers_requests_and_reports_failures(module, tmp_path):

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given, settings
@@ -133,14 +134,15 @@ def test_small_files_are_kept_without_a_look_at_all_others(tmp_path, monkeypatch
 def test_small_files_are_left_out_of_a_cache_that_is_in_use(tmp_path, monkeypatch):
     cache = ShardCache(str(tmp_path), 100)
     handle = bring(cache, "a", 100)
-    monkeypatch.setattr(shard_cache.time, "monotonic", lambda: 1000.0)
+    now = [1000.0]
+    monkeypatch.setattr(shard_cache, "time", SimpleNamespace(monotonic=lambda: now[0], time=time.time))
     looks, look = [], cache._entries
     monkeypatch.setattr(cache, "_entries", lambda: looks.append(1) or look())
     for number in range(50):
         cache.put(f"{number}.idx", b"0")
     assert entries(cache) == {"a"} and len(looks) < 5
     shard_cache.close(handle)
-    monkeypatch.setattr(shard_cache.time, "monotonic", lambda: cache._full_until)
+    now[0] = cache._full_until
     cache.put("b.idx", b"0")
     assert entries(cache) == {"b.idx"}
 
@@ -249,18 +251,22 @@ def test_processes_that_are_killed_do_no_harm(tmp_path):
         arguments = [sys.executable, "-c", WORKER, str(folder), str(number), str(enough)]
         return subprocess.Popen(arguments, stdout=subprocess.PIPE, text=True)
 
-    survivor, *victims = map(start, range(3))
-    for process in (survivor, *victims):
-        assert process.stdout.readline() == "begun\n"
-    for victim in victims:
-        for _ in range(60):
-            time.sleep(0.012 + 0.01 * chance.random())
-            with cache._exclusive():  # nothing is evicted while the entries are added up
-                assert cache.usage() <= cache.limit
-        victim.send_signal(signal.SIGKILL)
-        victim.communicate()
-    wait_until(lambda: entries(cache))
-    enough.touch()
-    assert survivor.communicate(timeout=LONG)[0] == "good\n"
+    survivor, *victims = processes = [start(number) for number in range(3)]
+    try:
+        for process in processes:
+            assert process.stdout.readline() == "begun\n"
+        for victim in victims:
+            for _ in range(60):
+                time.sleep(0.012 + 0.01 * chance.random())
+                with cache._exclusive():  # nothing is evicted while the entries are added up
+                    assert cache.usage() <= cache.limit
+            victim.send_signal(signal.SIGKILL)
+            victim.communicate()
+        wait_until(lambda: entries(cache))
+        enough.touch()
+        assert survivor.communicate(timeout=LONG)[0] == "good\n"
+    finally:
+        for process in processes:
+            process.kill()
     for name in entries(cache):
         assert (folder / name).read_bytes() == name.encode() * (100 + 10 * ord(name) % 100)

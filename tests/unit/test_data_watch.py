@@ -12,6 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from waiting import LONG, wait_until
 from webdataset import DataPipeline
 
 import mmd2v.data.loader
@@ -36,7 +37,7 @@ class Late:
         for number in range(3):
             self.states.enter(Stage.READING, 0, 40 + 10 * worker + number)
             if worker == self.late:
-                self.may_go.wait()
+                self.may_go.wait(LONG)
             nothing = torch.zeros(0, dtype=torch.int32)
             yield Batch(torch.zeros(1, 3, 2, 2, dtype=torch.uint8), nothing, nothing, nothing.long())
             self.states.enter(Stage.WAITING)
@@ -72,8 +73,7 @@ def test_a_late_worker_is_named_with_its_rank_and_shard(capfd):
 def test_too_late_is_an_error_with_the_name(monkeypatch):
     class Begun(Watchdog):
         def expect(self):
-            while "reading" not in self._describe():  # a worker that takes its time to start would be named as starting
-                time.sleep(0.01)
+            wait_until(lambda: "reading" in self._describe())  # a worker that starts late would be named as starting
             super().expect()
 
     monkeypatch.setattr(mmd2v.data.loader, "Watchdog", Begun)
@@ -120,7 +120,7 @@ def test_a_mistake_in_a_worker_keeps_its_traceback():
 def test_too_late_in_the_training_process_ends_it_with_the_name():
     code = """
 import threading, sys
-sys.path.insert(0, "tests/unit")
+sys.path[:0] = ["tests/unit", "tests"]
 import test_data_watch as here
 here.Late.__call__ = lambda self: iter([self.states.enter(here.Stage.READING, 0, 40), threading.Event().wait()])
 list(here.loader(workers=0, stall_warning=60, stall_timeout=1))

@@ -203,7 +203,7 @@ def test_tokens_take_the_place_of_the_batch_size(tmp_path):
     from mmd2v.config.deepspeed import deepspeed_config
     from mmd2v.config.load import dump_config
 
-    config = loaded(tmp_path, data=", micro_batch_tokens: 600")
+    config = loaded(tmp_path, data=", micro_batch_tokens: 600", engine="engine: {precision: fp32}")
     assert config.engine.batch_size is None and not config.uses_images
     plan = plan_batches(config, 2)
     assert (plan.global_batch, plan.micro_batch, plan.accumulation) == (4096, 512, 4)
